@@ -82,28 +82,6 @@ def run(body: Callable[[], int | None]) -> int:
         return FAULT
 
 
-def pick_device(name: str) -> str:
-    """The torch device behind `--device`: "auto" becomes "cuda" where there is one, else "cpu".
-
-    Raises UserError when the device is unknown to torch or absent from this machine.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(
-                f"--device {name}: this machine has {count} CUDA device(s); use auto or cpu"
-            )
-    return name
-
-
 def main(argv: list[str] | None = None) -> int:
     """The `harness` command; returns the exit code."""
     raise NotImplementedError

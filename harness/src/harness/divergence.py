@@ -1,0 +1,197 @@
+"""How far one model's next-token distributions are from another's: a metric and a loss.
+
+p is the teacher (the dense model), q the student (the compressed one); both come as logits [.., V].
+Everything runs on a slice of rows at a time, in float32, so two full log-softmax tensors never
+exist at once: forward holds one slice, backward recomputes it and holds one gradient in the
+student's dtype. Gradients reach the student only. A row function maps two log-probability tensors
+[R, V] to [R]; a new loss is a new row function handed to `mean_over_rows`.
+
+Sources: Hinton et al. 2015 (forward KL), MiniLLM arXiv 2306.08543 (reverse KL), GKD arXiv
+2306.13649 (generalised JSD).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from harness.errors import UserError
+from harness.perplexity import model_logits
+from harness.progress import track
+
+RowFunction = Callable[[Tensor, Tensor], Tensor]
+
+# Elements of one float32 slice (32 MB); a row function needs a handful of them.
+CHUNK_ELEMENTS = 2**23
+# Stands for log 0: exp of it is 0 in float32 and 0 times it is 0, where 0 * -inf would be NaN.
+LOG_ZERO = -1e4
+
+
+def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats per row, from log-probabilities [R, V]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p) in nats per row."""
+    return kl_rows(log_q, log_p)
+
+
+def jsd_rows(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1, per row."""
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
+
+
+def tv_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Total variation distance, half the L1 distance of p and q, per row; in [0, 1]."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def mean_over_rows(
+    rows: RowFunction,
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Mean of a row function over rows: float32 scalar, differentiable in the student's logits.
+
+    Args:
+        rows: from (log_p, log_q), float32 [R, V], to [R].
+        teacher_logits, student_logits: [.., V], any float dtype, equal shapes, one device.
+        mask: [..], bool or weights; the mean is weighted by it. Rows of weight 0 are never
+            read (padding may hold anything); all zero gives 0.
+        temperature: divides both logits; the result is not multiplied by its square.
+        chunk: rows at a time; by default as many as fill 32 MB in float32.
+    """
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher logits {tuple(teacher_logits.shape)} and student logits "
+            f"{tuple(student_logits.shape)} differ in shape"
+        )
+    vocabulary = student_logits.shape[-1]
+    student = student_logits.reshape(-1, vocabulary)
+    teacher = teacher_logits.detach().reshape(-1, vocabulary)
+    if mask is None:
+        weights = student.new_ones(len(student), dtype=torch.float32)
+    else:
+        weights = mask.reshape(-1).to(student.device, torch.float32)
+    chunk = chunk or max(1, CHUNK_ELEMENTS // vocabulary)
+    total = _ChunkedSum.apply(student, teacher, weights, rows, temperature, chunk)
+    return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def forward_kl(teacher_logits, student_logits, mask=None, temperature=1.0, chunk=None) -> Tensor:
+    """Mean KL(teacher || student) in nats per row; arguments as in `mean_over_rows`."""
+    return mean_over_rows(kl_rows, teacher_logits, student_logits, mask, temperature, chunk)
+
+
+def reverse_kl(teacher_logits, student_logits, mask=None, temperature=1.0, chunk=None) -> Tensor:
+    """Mean KL(student || teacher) in nats per row; arguments as in `mean_over_rows`."""
+    return mean_over_rows(reverse_kl_rows, teacher_logits, student_logits, mask, temperature, chunk)
+
+
+def jsd(teacher_logits, student_logits, mask=None, temperature=1.0, chunk=None, beta=0.5) -> Tensor:
+    """Mean generalised Jensen-Shannon divergence (`jsd_rows`); arguments as in `mean_over_rows`."""
+    rows = partial(jsd_rows, beta=beta)
+    return mean_over_rows(rows, teacher_logits, student_logits, mask, temperature, chunk)
+
+
+def total_variation(
+    teacher_logits, student_logits, mask=None, temperature=1.0, chunk=None
+) -> Tensor:
+    """Mean total variation distance; arguments as in `mean_over_rows`."""
+    return mean_over_rows(tv_rows, teacher_logits, student_logits, mask, temperature, chunk)
+
+
+def top1_agreement(teacher_logits: Tensor, student_logits: Tensor, mask=None) -> Tensor:
+    """Share of rows in which both logits [.., V] have the same largest entry; float32 scalar."""
+    same = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).float()
+    weights = torch.ones_like(same) if mask is None else mask.to(same.device, same.dtype)
+    return (same * weights).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """sum_i weights[i] * rows(log_softmax(teacher_i / t), log_softmax(student_i / t))."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, weights, rows, temperature, chunk):
+        ctx.save_for_backward(student, teacher, weights)
+        ctx.settings = (rows, temperature, chunk)
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        for index in weights.nonzero()[:, 0].split(chunk):
+            values = rows(_log_p(teacher[index], temperature), _log_p(student[index], temperature))
+            total += (values * weights[index]).sum()
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        student, teacher, weights = ctx.saved_tensors
+        rows, temperature, chunk = ctx.settings
+        gradient = torch.zeros_like(student)
+        for index in weights.nonzero()[:, 0].split(chunk):
+            with torch.enable_grad():
+                leaf = student[index].detach().requires_grad_()
+                values = rows(_log_p(teacher[index], temperature), _log_p(leaf, temperature))
+                value = (values * weights[index]).sum() * grad_total
+            gradient[index] = torch.autograd.grad(value, leaf)[0]
+        return gradient, None, None, None, None, None
+
+
+def _log_p(logits: Tensor, temperature: float) -> Tensor:
+    return (logits.float() / temperature).log_softmax(-1).clamp_min(LOG_ZERO)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Per token, over the same windows: KL(dense || compressed) and KL(compressed || dense) in
+    nats, and the share of tokens on which both models' first choices agree."""
+
+    forward_kl: float
+    reverse_kl: float
+    top1_agreement: float
+    tokens: int
+
+
+def compare_logits(
+    dense: Iterable[tuple[int, Tensor]], compressed: Iterable[tuple[int, Tensor]], windows: int
+) -> Distance:
+    """`Distance` of two streams of (start, logits [B, T, V]) over the same `windows` windows.
+
+    Raises UserError when the vocabularies differ or logits hold a NaN.
+    """
+    sums, tokens = [0.0, 0.0, 0.0], 0
+    bar = track(range(windows), "divergence")
+    for (start, p), (other, q) in zip(dense, compressed, strict=True):
+        if p.shape[-1] != q.shape[-1]:
+            raise UserError(
+                f"the models' vocabularies differ ({p.shape[-1]} and {q.shape[-1]} tokens): "
+                "divergence needs the dense original of the compressed model"
+            )
+        assert start == other and p.shape == q.shape
+        for row_p, row_q in zip(p, q.to(p.device), strict=True):
+            next(bar)
+            measures = (forward_kl, reverse_kl, top1_agreement)
+            values = [measure(row_p, row_q).item() for measure in measures]
+            if any(math.isnan(v) for v in values):
+                raise UserError(
+                    f"logits of window {start} contain NaN: the weights are damaged, or the dtype "
+                    "overflows (try --dtype bfloat16 or float32)"
+                )
+            sums = [s + v * len(row_p) for s, v in zip(sums, values, strict=True)]
+            tokens += len(row_p)
+    next(bar, None)
+    if not tokens:
+        raise UserError("divergence needs at least one window")
+    return Distance(*(s / tokens for s in sums), tokens)
+
+
+def compare_models(dense, compressed, windows: Tensor, batch_size: int = 1) -> Distance:
+    """`Distance` of two transformers causal LMs on windows int64 [N, T], a batch at a time."""
+    streams = (model_logits(model, windows, batch_size) for model in (dense, compressed))
+    return compare_logits(*streams, windows=len(windows))
