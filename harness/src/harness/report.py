@@ -1,0 +1,234 @@
+"""Results: one JSON per model, Markdown tables of one or several, the model card's section.
+
+A results file holds where the numbers come from (model and its identity, recipe, command,
+versions, git commit) and `metrics`: key -> {"settings", "seconds", "rows", "details"}. A row is one
+line of the table: {"label", "value", "digits", "better": "lower" | "higher" | None, "samples",
+"protocol", "main": whether `compare` makes it a column}.
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from harness import __version__
+from harness.errors import UserError
+
+SCHEMA = 1
+VERSIONS = ("torch", "transformers", "datasets", "compressed-tensors", "lm-eval", "vllm")
+HEADING = "## Evaluation"
+SAMPLE = 2**20  # bytes hashed at either end of a weight file
+
+
+def row(
+    label: str,
+    value: float,
+    digits: int,
+    *,
+    better: str | None = None,
+    samples: str = "",
+    protocol: str = "",
+    main: bool = False,
+) -> dict:
+    """One line of the table; see the module's description."""
+    return {
+        "label": label,
+        "value": value,
+        "digits": digits,
+        "better": better,
+        "samples": samples,
+        "protocol": protocol,
+        "main": main,
+    }
+
+
+def new_results(name: str, folder: Path, command: str) -> dict:
+    """A results file without metrics yet, for the checkpoint in `folder`."""
+    recipe = folder / "recipe.yaml"
+    steps = []
+    if recipe.is_file():
+        import yaml
+
+        steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["steps"]
+    return {
+        "schema": SCHEMA,
+        "model": {"name": name, "identity": model_identity(folder)},
+        "recipe": steps,
+        "command": command,
+        "versions": {"harness": __version__, **_versions()},
+        "git": git_commit(),
+        "complete": False,
+        "metrics": {},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from ("+" when changed); None elsewhere."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        # An installed copy may lie in a folder of somebody else's repository.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def model_identity(folder: Path) -> str:
+    """Hash of config and weight files: names, sizes, first and last megabyte of each."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read())
+    digest.update((folder / "config.json").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a path beside `path`, then rename; the old file survives a failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(results: dict, path: Path) -> None:
+    """Write a results file, atomically. Infinite values become the string "inf"."""
+    text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load(path: Path) -> dict:
+    """Read a results file, or `results.json` in a folder. Raises UserError when it is none."""
+    path = path / "results.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} not found; make it with: harness eval MODEL --out {path}")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        schema = results["schema"]
+        results["model"]["name"], results["metrics"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a results file of `harness eval` ({error})") from None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this harness reads {SCHEMA}; evaluate again")
+    return results
+
+
+def rows_of(results: dict) -> list[dict]:
+    """All table rows, in the order they were measured."""
+    return [line for metric in results["metrics"].values() for line in metric["rows"]]
+
+
+def number(line: dict) -> str:
+    """The row's value as text, with its digits and thousands."""
+    value = line["value"]
+    return value if isinstance(value, str) else f"{value:,.{line['digits']}f}"
+
+
+def markdown(results: dict) -> str:
+    """The table of one model: metric, value, samples, protocol."""
+    lines = [
+        [line["label"], number(line), line["samples"], line["protocol"]]
+        for line in rows_of(results)
+    ]
+    return _table(["metric", "value", "samples", "protocol"], lines, numeric={1})
+
+
+def comparison(all_results: Sequence[dict]) -> str:
+    """One line per model, one column per main row; "-" where a model was not measured."""
+    heads: dict[str, str] = {}
+    arrow = {"lower": " ↓", "higher": " ↑", None: ""}
+    for results in all_results:
+        for line in rows_of(results):
+            if line["main"]:
+                heads.setdefault(line["label"], line["label"] + arrow[line["better"]])
+    lines = []
+    for results in all_results:
+        cells = {line["label"]: number(line) for line in rows_of(results)}
+        lines.append([results["model"]["name"], *(cells.get(label, "-") for label in heads)])
+    return _table(["model", *heads.values()], lines, numeric=set(range(1, len(heads) + 1)))
+
+
+def differing_protocols(all_results: Sequence[dict]) -> list[str]:
+    """Labels whose numbers were not made alike and so must not be compared."""
+    seen: dict[str, set] = {}
+    for results in all_results:
+        for line in rows_of(results):
+            if line["main"] and line["better"]:
+                seen.setdefault(line["label"], set()).add((line["protocol"], line["samples"]))
+    return [label for label, kinds in seen.items() if len(kinds) > 1]
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]], numeric: set[int]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in [head, *lines]]
+    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+
+    def show(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if i in numeric else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|".join(
+        "-" * (width + 1) + (":" if i in numeric else "-") for i, width in enumerate(widths)
+    )
+    return "\n".join([show(escaped[0]), f"|{rule}|", *map(show, escaped[1:])])
+
+
+def update_card(folder: Path, results: dict) -> bool:
+    """Put the table into the `## Evaluation` section of the README.md in one of our checkpoints.
+
+    Only where a recipe.yaml says that it is ours. The section is replaced, or added at the end;
+    the same results leave the same file. Returns whether there is a card.
+    """
+    card = folder / "README.md"
+    if not ((folder / "recipe.yaml").is_file() and card.is_file()):
+        return False
+    text = card.read_text(encoding="utf-8")
+    made = results["versions"]["harness"]
+    section = (
+        f"{HEADING}\n\n{markdown(results)}\n\n"
+        f"Measured by llm-compression-harness {made} with `{results['command']}`.\n"
+    )
+    before, found, rest = text.partition(f"{HEADING}\n")
+    after = rest.partition("\n## ")[2] if found else ""
+    new = before.rstrip("\n") + "\n\n" + section + (f"\n## {after}" if after else "")
+    if new != text:
+        write_atomically(card, lambda beside: beside.write_text(new, encoding="utf-8"))
+    return True
