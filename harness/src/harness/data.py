@@ -1,0 +1,263 @@
+"""Named corpora and local files as token windows, instruction sets and multiple-choice questions.
+
+Windows of the named corpora follow GPTQ's repository (arXiv 2210.17323): calibration takes random
+windows of the train split, evaluation cuts the test text into windows and drops the tail. Text is
+encoded whole, with the tokenizer's own special tokens (LLaMA's BOS once, at the very start).
+
+Shapes: N windows, T tokens per window (seqlen).
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness import files, hub, instruct, stdlib
+from harness.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBEDDED = ("stdlib", "stdlib-doc", "stdlib-quiz")
+DATASETS = (*hub.SOURCES, *EMBEDDED)
+INSTRUCTIONS = ("alpaca", "dolly", "stdlib-doc")
+STDLIB_SPLITS = {"train": "train", "validation": "calibration", "test": "test"}
+PARAGRAPHS = "\n\n"
+C4_DOCUMENTS, C4_WINDOWS = 1100, 256
+DRAWS = 10_000
+
+
+def _local(dataset: str) -> Path:
+    path = Path(dataset)
+    if not path.exists():
+        raise UserError(
+            f"dataset {dataset!r} is neither a file or folder nor one of {', '.join(DATASETS)}."
+            + nearest(dataset, DATASETS)
+        )
+    return path
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    # verbose=False: a whole corpus is longer than any context, and is meant to be.
+    return tokenizer(text, verbose=False)["input_ids"]
+
+
+def _file_text(dataset: str, split: str) -> str:
+    source = _local(dataset)
+    chosen, own = files.select(source, split)
+    if not own and split == "train":
+        print(
+            f"note: {dataset} is one text for calibration and evaluation alike (a folder with "
+            "train* and test* files keeps them apart)",
+            file=sys.stderr,
+        )
+    texts = []
+    for path in chosen:
+        for row in files.rows(path):
+            pair = instruct.example(row) if "text" not in row else None
+            if pair:
+                texts.append(pair["prompt"] + pair["response"])
+            else:
+                texts.append(row[files.text_column(row, path)])
+    return PARAGRAPHS.join(texts)
+
+
+def _text(dataset: str, split: str, new_eval: bool) -> str:
+    """The train or test text of every dataset whose windows are cut from one joined text."""
+    if dataset == "stdlib-quiz":
+        raise UserError("stdlib-quiz is a set of questions, not a text; use 'stdlib' for windows")
+    if dataset == "stdlib":
+        return stdlib.text("calibration" if split == "train" else split)
+    if dataset == "wikitext2":
+        return PARAGRAPHS.join(hub.load(dataset, split)["text"])
+    if dataset == "ptb":
+        if split == "test" and not new_eval:
+            return PARAGRAPHS.join(hub.load(dataset, "validation")["sentence"])
+        return " ".join(hub.load(dataset, split)["sentence"])
+    if dataset in INSTRUCTIONS:
+        pairs = instructions(dataset, split)
+        return PARAGRAPHS.join(pair["prompt"] + pair["response"] for pair in pairs)
+    return _file_text(dataset, split)
+
+
+def _documents(dataset: str, split: str) -> Sequence[str]:
+    """c4's shard, or half of pileval (it has one split: the first half is for calibration)."""
+    if dataset == "c4":
+        return hub.load("c4", "train" if split == "train" else "validation")["text"]
+    rows = hub.load("pileval", "validation")
+    half = len(rows) // 2
+    chosen = range(half) if split == "train" else range(half, len(rows))
+    return rows.select(chosen)["text"]
+
+
+def _drawn(tokenizer, dataset: str, documents: Sequence[str], count: int, seqlen: int, seed: int):
+    """GPTQ's c4 windows: draw documents until one is longer than T, then a random window of it."""
+    import torch
+
+    draw = random.Random(seed)
+    windows = []
+    for _ in range(count):
+        for _ in range(DRAWS):
+            ids = _encode(tokenizer, documents[draw.randint(0, len(documents) - 1)])
+            if len(ids) > seqlen:
+                break
+        else:
+            raise UserError(
+                f"{dataset}: {len(windows)} windows of {seqlen} tokens found, {count} asked for: "
+                f"none of {DRAWS} documents drawn is that long; use a shorter --seqlen"
+            )
+        start = draw.randint(0, len(ids) - seqlen - 1)
+        windows.append(torch.tensor(ids[start : start + seqlen], dtype=torch.long))
+    return torch.stack(windows)
+
+
+def _check(seqlen: int, count: int | None, flag: str) -> None:
+    if seqlen < 2:
+        raise UserError(f"--seqlen {seqlen}: a window needs at least 2 tokens")
+    if count is not None and count < 1:
+        raise UserError(f"{flag} {count}: at least 1 window is needed")
+
+
+def calibration(tokenizer, dataset: str, *, nsamples: int, seqlen: int, seed: int) -> "Tensor":
+    """Random windows of the train split, LongTensor [N = nsamples, T = seqlen], equal per seed.
+
+    `stdlib` draws from its calibration split, which the embedded models were not trained on.
+    Raises UserError when the text does not fill that many windows side by side.
+    """
+    import torch
+
+    _check(seqlen, nsamples, "--nsamples")
+    if dataset in ("c4", "pileval"):
+        documents = _documents(dataset, "train")
+        return _drawn(tokenizer, dataset, documents, nsamples, seqlen, seed)
+    ids = _encode(tokenizer, _text(dataset, "train", True))
+    have = (len(ids) - 1) // seqlen
+    if have < nsamples:
+        raise UserError(_too_little(dataset, ids, have, seqlen, nsamples))
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
+    tokens = torch.tensor(ids, dtype=torch.long)
+    return torch.stack([tokens[start : start + seqlen] for start in starts])
+
+
+def _too_little(dataset: str, ids: list[int], have: int, seqlen: int, asked: int) -> str:
+    fewer = f"--nsamples {have}, " if have else ""
+    return (
+        f"{dataset}: {asked} windows of {seqlen} tokens asked for, its {len(ids)} tokens fill "
+        f"{have}; use {fewer}a shorter --seqlen or more text"
+    )
+
+
+def evaluation(
+    tokenizer, dataset: str, *, seqlen: int, limit: int | None = None, new_eval: bool = True
+) -> "Tensor":
+    """Non-overlapping windows of the test text, tail dropped: LongTensor [N, T = seqlen].
+
+    `limit` keeps the first so many. `new_eval=False` takes GPTQ's older slices of ptb and c4 (see
+    `protocol`). Raises UserError when the text is shorter than one window.
+    """
+    import torch
+
+    _check(seqlen, limit, "--limit")
+    if dataset == "c4" and not new_eval:
+        count = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
+        return _drawn(tokenizer, dataset, _documents(dataset, "test"), count, seqlen, 0)
+    if dataset in ("c4", "pileval"):
+        text = " ".join(_documents(dataset, "test")[:C4_DOCUMENTS])
+        limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
+    else:
+        text = _text(dataset, "test", new_eval)
+    ids = _encode(tokenizer, text)
+    count = len(ids) // seqlen
+    if not count:
+        raise UserError(
+            f"{dataset}: its {len(ids)} tokens do not fill one window of {seqlen}; "
+            "use a shorter --seqlen or more text"
+        )
+    count = count if limit is None else min(limit, count)
+    return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)
+
+
+def protocol(dataset: str, new_eval: bool = True) -> str:
+    """How `evaluation` makes its text, in words: "wikitext2 test, documents joined by ..."."""
+    first = f"first {C4_DOCUMENTS} documents joined by a space, first {C4_WINDOWS} windows"
+    named = {
+        "wikitext2": "wikitext2 test, documents joined by two newlines",
+        "ptb": "ptb test, sentences joined by a space"
+        if new_eval
+        else "ptb validation, sentences joined by two newlines",
+        "c4": f"c4 validation shard 0, {first}"
+        if new_eval
+        else f"c4 validation shard 0, {C4_WINDOWS} random windows of long documents",
+        "pileval": f"pileval second half, {first}",
+        "stdlib": "Python {}.{} stdlib held-out modules joined by two newlines".format(
+            *sys.version_info[:2]
+        ),
+    }
+    if dataset in named:
+        return named[dataset]
+    if dataset in INSTRUCTIONS:
+        return f"{dataset} test, prompts with responses joined by two newlines"
+    return f"{dataset}, documents joined by two newlines"
+
+
+def instructions(dataset: str, split: str) -> list[dict[str, str]]:
+    """`[{"prompt": str, "response": str}, ...]` of split "train", "validation" or "test".
+
+    alpaca and dolly, a single local file and a folder whose names tell no split are dealt by
+    `instruct.deal`. Raises UserError for a dataset without prompts and responses.
+    """
+    if split not in STDLIB_SPLITS:
+        raise UserError(f"split {split!r}: expected {', '.join(STDLIB_SPLITS)}")
+    if dataset == "stdlib-doc":
+        return stdlib.instructions(STDLIB_SPLITS[split])
+    if dataset in ("alpaca", "dolly"):
+        return instruct.deal([instruct.example(row) for row in hub.load(dataset, "train")], split)
+    if dataset in DATASETS:
+        raise UserError(f"{dataset} has no prompts and responses; use {', '.join(INSTRUCTIONS)}")
+    chosen, own = files.select(_local(dataset), split)
+    examples = []
+    for path in chosen:
+        for row in files.rows(path):
+            pair = instruct.example(row)
+            if pair is None:
+                raise UserError(
+                    f"{path}: columns {', '.join(map(str, row))}; expected prompt and response, "
+                    "or instruction (input) and output"
+                )
+            examples.append(pair)
+    return examples if own else instruct.deal(examples, split)
+
+
+def questions(dataset: str) -> list[dict]:
+    """`[{"question": str, "choices": [str, ...], "answer": int}, ...]` for `harness.choice`.
+
+    `stdlib-quiz`, or a local table with these columns; `answer` is an index from 0 or a letter
+    from A. Raises UserError naming the file and row that are not so.
+    """
+    if dataset == "stdlib-quiz":
+        return list(stdlib.questions())
+    if dataset in DATASETS:
+        raise UserError(f"{dataset} has no questions; use stdlib-quiz or a local JSONL file")
+    chosen, _ = files.select(_local(dataset), "test")
+    return [
+        _question(row, f"{path}, row {number}")
+        for path in chosen
+        for number, row in enumerate(files.rows(path), 1)
+    ]
+
+
+def _question(row: dict, where: str) -> dict:
+    text, choices, answer = (row.get(key) for key in ("question", "choices", "answer"))
+    if isinstance(answer, str) and len(answer) == 1 and "A" <= answer.upper() <= "Z":
+        answer = ord(answer.upper()) - ord("A")
+    texts = [text, *choices] if isinstance(choices, list) else [None]
+    if not all(isinstance(value, str) for value in texts):
+        raise UserError(f"{where}: expected question (text), choices (list of texts) and answer")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise UserError(
+            f"{where}: answer {row.get('answer')!r} is no index or letter of its "
+            f"{len(choices)} choices"
+        )
+    return {"question": text, "choices": choices, "answer": answer}

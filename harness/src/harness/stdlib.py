@@ -1,0 +1,202 @@
+"""The embedded corpora: the running Python's own standard library as text, instructions and quiz.
+
+Every machine that runs this has the text, so nothing is downloaded. Modules are dealt to train,
+calibration and test by a hash of their dotted name: a module held out when the embedded models were
+trained (on Python 3.11) is held out under every other version of Python too.
+"""
+
+import ast
+import hashlib
+import io
+import random
+import sysconfig
+import tokenize
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+SPLITS = ("train", "calibration", "test")
+SEPARATOR = "\n\n"
+SUMMARY = "\n\n# In one line, this function does the following:\n"
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+# Generated tables: code pages that are near-copies of each other would leak from train into test,
+# and the build configuration holds paths of the machine that Python was built on.
+GENERATED = {"encodings", "pydoc_data"}
+BUILD = "_sysconfigdata"
+QUIZ_CONTEXT = 1200  # characters: about 350 tokens, so that question and choice fit 512
+
+
+class Function(NamedTuple):
+    """A documented function, its parts as dedented source lines."""
+
+    name: str
+    head: str
+    docstring: str
+    body: str
+    summary: str
+
+
+def split_of(module: str) -> str:
+    """The split of a dotted module name: 90 % train, 5 % calibration, 5 % test, by SHA-256."""
+    draw = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "big") % 100
+    return "train" if draw < 90 else "calibration" if draw < 95 else "test"
+
+
+def decode(raw: bytes) -> str | None:
+    """Python source as text with "\\n" line ends, or None where it is not decodable."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+        text = raw.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        return None
+    return text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
+
+
+@lru_cache(maxsize=4)
+def documents(split: str, root: Path | None = None) -> dict[str, str]:
+    """Dotted module name -> source, sorted by name, of one of `SPLITS`.
+
+    `root` is the folder to read (default: the running Python's standard library). Tests, generated
+    tables, installed packages and files that cannot be decoded are left out.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    found = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[0] in GENERATED or SKIPPED.intersection(parts) or parts[0].startswith(BUILD):
+            continue
+        if not all(part.isidentifier() for part in parts):
+            continue
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if split_of(name) != split:
+            continue
+        text = decode(path.read_bytes())
+        if text and text.strip():
+            found[name] = text
+    return dict(sorted(found.items()))
+
+
+def text(split: str) -> str:
+    """All sources of a split, joined by two newlines."""
+    return SEPARATOR.join(documents(split).values())
+
+
+def _dedent(lines: list[str], columns: int) -> str:
+    return "\n".join(line[min(columns, len(line) - len(line.lstrip())) :] for line in lines)
+
+
+@lru_cache(maxsize=4)
+def functions(split: str) -> tuple[Function, ...]:
+    """Every documented function of a split with code after its docstring, in file order."""
+    found = []
+    for module, source in documents(split).items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        lines = source.splitlines()
+        nodes = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+            doc = ast.get_docstring(node)
+            if not doc or len(node.body) < 2:
+                continue
+            first = node.body[0]
+            start = min([node.lineno, *(mark.lineno for mark in node.decorator_list)]) - 1
+            # A docstring on the line of the def, or code after it on its line, has no clean cut.
+            if first.lineno == node.lineno or node.body[1].lineno == first.end_lineno:
+                continue
+            column = node.col_offset
+            found.append(
+                Function(
+                    name=f"{module}.{node.name}",
+                    head=_dedent(lines[start : first.lineno - 1], column),
+                    docstring=_dedent(lines[first.lineno - 1 : first.end_lineno], column),
+                    body=_dedent(lines[first.end_lineno : node.end_lineno], column),
+                    summary=doc.splitlines()[0].strip(),
+                )
+            )
+    return tuple(found)
+
+
+def instructions(split: str) -> list[dict[str, str]]:
+    """`stdlib-doc`: function source without its docstring -> the docstring's first line.
+
+    `split` is one of `SPLITS`. Each example is {"prompt", "response"}; equal prompts occur once.
+    """
+    seen, examples = set(), []
+    for function in functions(split):
+        prompt = f"{function.head}\n{function.body}{SUMMARY}"
+        if function.summary and prompt not in seen:
+            seen.add(prompt)
+            examples.append({"prompt": prompt, "response": function.summary})
+    return examples
+
+
+def _opening(body: str) -> str | None:
+    """The first line of code of a body; the next one too where the first says little."""
+    lines = [line.rstrip() for line in body.split("\n")]
+    lines = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not lines or not 4 <= len(lines[0]) - len(lines[0].lstrip()) <= 8:
+        return None
+    wanted = 1 if len(lines[0].strip()) >= 20 else 2
+    opening = "\n".join(lines[:wanted])
+    return opening if 10 <= len(opening.strip()) <= 160 else None
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+@lru_cache(maxsize=1)
+def questions() -> tuple[dict, ...]:
+    """`stdlib-quiz`: which of four openings follows this function's head and docstring?
+
+    Functions come from the test and calibration splits, never from train. Each question is
+    {"question": str, "choices": [str] * 4, "answer": int}; a choice begins with its line break, so
+    question + choice is the text to score. The three wrong choices are the true openings of other
+    held-out functions with the same indentation and as many lines, drawn (seeded) from the dozen
+    nearest in length. Every position is the right one equally often, up to one.
+    """
+    held_out = [*functions("test"), *functions("calibration")]
+    pool = [(function, _opening(function.body)) for function in held_out]
+    pool = [(function, opening) for function, opening in pool if opening]
+    chosen, seen = [], set()
+    for function, opening in pool:
+        context = f"{function.head}\n{function.docstring}"
+        if context not in seen and len(context) <= QUIZ_CONTEXT:
+            seen.add(context)
+            chosen.append((function, context, opening))
+    draw = random.Random(0)
+    draw.shuffle(chosen)  # the first n questions are then a fair sample of all
+    places = [index % 4 for index in range(len(chosen))]
+    draw.shuffle(places)
+    asked = []
+    for (function, context, opening), place in zip(chosen, places, strict=True):
+        others = {
+            other
+            for _, other in pool
+            if other != opening
+            and _indent(other) == _indent(opening)
+            and other.count("\n") == opening.count("\n")
+            and other not in function.body
+        }
+        nearby = sorted(others, key=lambda other: (abs(len(other) - len(opening)), other))[:12]
+        if len(nearby) < 3:
+            continue
+        choices = draw.sample(nearby, 3)
+        choices.insert(place, opening)
+        asked.append(
+            {
+                "question": context,
+                "choices": ["\n" + choice for choice in choices],
+                "answer": place,
+            }
+        )
+    return tuple(asked)
