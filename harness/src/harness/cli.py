@@ -82,6 +82,177 @@ def run(body: Callable[[], int | None]) -> int:
         return FAULT
 
 
+EPILOG = """examples:
+  harness eval tiny-llama
+      sizes, and perplexity on the embedded stdlib corpus: no download
+  harness eval OUT --ppl wikitext2 c4 --mmlu --speed
+      the usual three; OUT is a folder or a hub id
+  harness eval OUT --ppl test.txt --mmlu mmlu/ --limit 200
+      local files; 200 windows per text and 200 questions
+  harness eval OUT --divergence-from facebook/opt-125m
+      how far the compressed model is from its dense original
+  harness eval facebook/opt-125m --load nf4-dq --ppl wikitext2
+      bitsandbytes' NF4, quantized while loading
+  harness compare A/ B/ results/C.json --plot frontier.png
+      one table, and quality against size
+  harness info OUT
+      what a checkpoint is, how it was made, what reads it
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the `harness` command."""
+    parser = argparse.ArgumentParser(
+        prog="harness",
+        description="Measure a language model checkpoint, dense or compressed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _eval_parser(commands)
+    _compare_parser(commands)
+    info = commands.add_parser("info", help="what a checkpoint is, how it was made, what reads it")
+    info.add_argument("model", metavar="MODEL", help="folder, hub id or embedded name")
+    return parser
+
+
+def _eval_parser(commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="measure a model; the numbers go to a table and a JSON file",
+        description="Measure a model. Without a metric: its sizes and its perplexity on stdlib.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, hub id or embedded name (tiny-llama)"
+    )
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--ppl",
+        nargs="*",
+        metavar="DATA",
+        help="token perplexity on named texts (wikitext2, ptb, c4, stdlib ...) or local files; "
+        "none named: stdlib",
+    )
+    what.add_argument(
+        "--choice",
+        nargs="*",
+        metavar="DATA",
+        help="multiple choice by likelihood: stdlib-quiz (default) or JSONL files of "
+        '{"question", "choices", "answer"}',
+    )
+    what.add_argument(
+        "--mmlu",
+        nargs="?",
+        const="hub",
+        metavar="PATH",
+        help="MMLU from a folder with dev/ and test/ CSV files; without PATH from the hub",
+    )
+    what.add_argument(
+        "--mmlu-prompt",
+        choices=["original", "llmcbench"],
+        default="original",
+        help="whose prompt and scoring (default original)",
+    )
+    what.add_argument(
+        "--shots", type=int, metavar="N", help="MMLU shots (default 5; llmcbench prompt: 0)"
+    )
+    what.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="zero-shot tasks of lm-evaluation-harness, e.g. piqa,hellaswag (extra: tasks)",
+    )
+    what.add_argument(
+        "--divergence-from",
+        metavar="DENSE",
+        help="KL and top-1 agreement with this model, on the first --ppl text (default stdlib)",
+    )
+    what.add_argument(
+        "--speed",
+        action="store_true",
+        help="tokens/s, time to the first token, memory, bandwidth; 512 + 128 tokens",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--load",
+        choices=["nf4", "nf4-dq", "int8"],
+        help="quantize while loading, with bitsandbytes (nf4-dq: double quantization)",
+    )
+    how.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="TOKENS",
+        help="window of perplexity and divergence (default: the model's context, at most 2048)",
+    )
+    how.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="at most N windows per text and N questions per set (default: all)",
+    )
+    how.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="windows or sequences per forward (default: 1 window, 8 prompts, 16 choices)",
+    )
+    how.add_argument(
+        "--engine",
+        choices=["transformers", "vllm"],
+        default="transformers",
+        help="what --speed runs on (default transformers)",
+    )
+    how.add_argument(
+        "--block-by-block",
+        action="store_true",
+        help="one block in memory at a time, for models that do not fit (--ppl, --divergence-from)",
+    )
+    add_shared_flags(parser)
+
+
+def _compare_parser(commands) -> None:
+    parser = commands.add_parser(
+        "compare", help="one table of several results files, and a frontier plot"
+    )
+    parser.add_argument(
+        "results", nargs="+", metavar="RESULTS", help="JSON files, or folders with results.json"
+    )
+    parser.add_argument("--plot", metavar="PNG", help="draw quality and speed against size")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from harness.evaluate import evaluate
+
+    return evaluate(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from harness import report
+
+    loaded = [report.load(Path(name)) for name in args.results]
+    print(report.comparison(loaded))
+    for label in report.differing_protocols(loaded):
+        print(f"note: {label} was not measured alike in all of these", file=sys.stderr)
+    if args.plot:
+        from harness.plot import plot
+
+        plot(loaded, Path(args.plot))
+        print(f"\nplot: {args.plot}")
+    return DONE
+
+
+def _info(args: argparse.Namespace) -> int:
+    from harness.info import info
+
+    print(info(args.model))
+    return DONE
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The `harness` command; returns the exit code."""
-    raise NotImplementedError
+    """The `harness` command; returns the exit code (see `run`)."""
+    args = build_parser().parse_args(argv)
+    bodies = {"eval": _eval, "compare": _compare, "info": _info}
+    return run(lambda: bodies[args.command](args))

@@ -109,6 +109,34 @@ def packed_linears(tensors: Mapping[str, Stored]) -> dict[str, tuple[tuple[int, 
     return found
 
 
+def stored_size(folder: Path, config) -> Footprint:
+    """`footprint` of a checkpoint with its transformers config, whatever its files.
+
+    Old .bin files have no header: their parameters are counted from the config.
+    """
+    if any(folder.glob("*.safetensors")):
+        tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+        return footprint(folder, bool(tied))
+    from harness.macs import skeleton
+
+    disk = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    if not disk:
+        raise UserError(f"{folder} holds no weights (neither .safetensors nor .bin)")
+    parameters = sum(p.numel() for p in skeleton(config).parameters())
+    return Footprint(parameters, 0, disk, None, 8 * disk / parameters)
+
+
+def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of every matrix in a checkpoint's files, by the name of its module."""
+    tensors = read_headers(folder)
+    plain = {
+        name.removesuffix(".weight"): stored.shape
+        for name, stored in tensors.items()
+        if name.endswith(".weight") and len(stored.shape) == 2
+    }
+    return {**plain, **{name: shape for name, (shape, _) in packed_linears(tensors).items()}}
+
+
 def _small_int64s(stored: Stored) -> tuple[int, ...]:
     with stored.file.open("rb") as file:
         file.seek(stored.offset)
@@ -125,11 +153,9 @@ def footprint(folder: Path, tied: bool = False) -> Footprint:
     """Sizes of the safetensors checkpoint in `folder`.
 
     `tied`: the config ties the output head to the embedding, so a stored copy of it is not counted
-    as parameters. Raises UserError for a damaged file and where there is no safetensors file.
+    as parameters. Raises UserError for a damaged file and where there is no weight.
     """
     tensors = read_headers(folder)
-    if not tensors:
-        raise UserError(f"{folder} holds no safetensors file to measure")
     packed = packed_linears(tensors)
     belongs = {f"{linear}.{s}" for linear in packed for k, v in PACKED.items() for s in (k, *v)}
     quantized = sum(prod(shape) for shape, _ in packed.values())

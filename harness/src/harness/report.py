@@ -61,7 +61,6 @@ def new_results(name: str, folder: Path, command: str) -> dict:
         "command": command,
         "versions": {"harness": __version__, **_versions()},
         "git": git_commit(),
-        "complete": False,
         "metrics": {},
     }
 
@@ -167,6 +166,12 @@ def markdown(results: dict) -> str:
         for line in rows_of(results)
     ]
     return _table(["metric", "value", "samples", "protocol"], lines, numeric={1})
+
+
+def accuracy_table(parts: dict[str, dict]) -> str:
+    """MMLU's table by subject: name, accuracy in per cent, questions."""
+    lines = [[name, f"{100 * part['acc']:.2f}", str(part["n"])] for name, part in parts.items()]
+    return _table(["MMLU subject", "%", "questions"], lines, numeric={1, 2})
 
 
 def comparison(all_results: Sequence[dict]) -> str:

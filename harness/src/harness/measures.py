@@ -1,0 +1,328 @@
+"""One step of `harness eval` per metric: what it resolves before the model is loaded, what it then
+measures, and the rows it leaves in the table."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from harness import checkpoint, data
+from harness.errors import UserError
+from harness.footprint import linear_shapes, loaded_bits_per_weight, memory_bytes, stored_size
+from harness.perplexity import context_length, window_length
+from harness.report import row
+
+
+@dataclass(frozen=True)
+class Step:
+    """`measure` returns (table rows, details); `settings` decide whether an old result still holds;
+    `tokens` is about how many the model will read, for the plan."""
+
+    key: str
+    settings: dict
+    plan: str
+    measure: Callable[[], tuple[list[dict], dict]]
+    tokens: int = 0
+
+
+class Subject:
+    """The model under evaluation; everything heavy is made when first asked for."""
+
+    def __init__(self, args):
+        self.args = args
+        self.folder: Path = checkpoint.resolve(args.model)
+        self.config = checkpoint.load_config(self.folder)
+        self.device = checkpoint.pick_device(args.device)
+        self.seqlen = window_length(self.config, args.seqlen)
+        self.numerics = {"dtype": args.dtype, "load": args.load}
+
+    @cached_property
+    def tokenizer(self):
+        return checkpoint.load_tokenizer(self.folder)
+
+    @cached_property
+    def model(self):
+        if self.args.block_by_block:
+            raise UserError("--block-by-block measures perplexity and divergence only")
+        return self.load(self.folder, self.args.load)
+
+    def load(self, folder: Path, how: str | None = None):
+        return checkpoint.load_model(folder, device=self.device, dtype=self.args.dtype, load=how)
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        from harness.macs import macs_per_token, skeleton
+
+        return macs_per_token(skeleton(self.config), self.seqlen, linear_shapes(self.folder))
+
+    def stream(self, folder: Path, windows):
+        """(start, logits) of the checkpoint in `folder`, a block in memory at a time."""
+        from harness.decoder import stream_logits
+
+        dtype = None if self.args.dtype == "auto" else checkpoint.parse_dtype(self.args.dtype)
+        return stream_logits(folder, windows, device=self.device, dtype=dtype, batch_size=1)
+
+    def windows(self, dataset: str):
+        """Token windows int64 [N, T] of an evaluation text, and how it was cut."""
+        windows = data.evaluation(
+            self.tokenizer, dataset, seqlen=self.seqlen, limit=self.args.limit
+        )
+        return windows, f"{data.protocol(dataset)}, seqlen {self.seqlen}, non-overlapping"
+
+
+def short(dataset: str) -> str:
+    """A dataset's name, or a path's last part."""
+    return Path(dataset).name
+
+
+def footprint_step(subject: Subject, loads: bool) -> Step:
+    """Sizes; `loads` says that another step loads the whole model anyway, so memory is known."""
+    load = subject.args.load
+
+    def measure():
+        size = stored_size(subject.folder, subject.config)
+        bits, how = size.bits_per_weight, "quantized linears with their scales and zeros"
+        if bits is None:
+            bits, how = size.bits_per_parameter, "not quantized"
+        stored, where = size.disk_bytes, "weight files on disk"
+        memory = memory_bytes(subject.model) if loads else None
+        if load:
+            bits, how = loaded_bits_per_weight(subject.model), f"linears quantized on load ({load})"
+            stored, where = memory, f"in memory, quantized on load ({load})"
+        rows = [
+            row("parameters, M", size.parameters / 1e6, 2, protocol="dense equivalent"),
+            row("bits/weight", bits, 3, protocol=how, main=True),
+            row("MB", stored / 1e6, 2, protocol=where, main=True),
+        ]
+        if memory and not load:
+            rows.append(row("MB in memory", memory / 1e6, 2, protocol="parameters and buffers"))
+        protocol = f"multiply-accumulates; attention over {subject.seqlen} keys"
+        rows.append(row("MMAC/token", subject.macs["total"] / 1e6, 2, protocol=protocol))
+        details = {**size.as_dict(), "memory_bytes": memory, "macs_per_token": subject.macs}
+        return rows, details
+
+    settings = {**subject.numerics, "seqlen": subject.seqlen, "memory": loads}
+    return Step("footprint", settings, "sizes from the files' headers", measure)
+
+
+def perplexity_step(subject: Subject, dataset: str) -> Step:
+    from harness import perplexity as ppl
+
+    args = subject.args
+    windows, text = subject.windows(dataset)
+    protocol = f"token perplexity, {text}"
+
+    def measure():
+        label = f"perplexity {short(dataset)}"
+        if args.block_by_block:
+            logits = subject.stream(subject.folder, windows)
+        else:
+            logits = ppl.model_logits(subject.model, windows, args.batch_size or 1)
+        result = ppl.perplexity_of_logits(logits, windows, label)
+        samples = f"{result.windows} windows"
+        name = f"PPL {short(dataset)}"
+        line = row(
+            name, result.value, 3, better="lower", samples=samples, protocol=protocol, main=True
+        )
+        return [line], asdict(result)
+
+    settings = {**subject.numerics, "protocol": protocol, "windows": len(windows)}
+    plan = f"{len(windows)} windows of {subject.seqlen} tokens, {data.protocol(dataset)}"
+    return Step(f"ppl:{dataset}", settings, plan, measure, windows.numel())
+
+
+def choice_step(subject: Subject, dataset: str) -> Step:
+    from harness import choice
+
+    args = subject.args
+    questions = data.questions(dataset)
+    if args.limit and args.limit < len(questions):
+        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
+
+    def measure():
+        batch = args.batch_size or 16
+        result = choice.score(subject.model, subject.tokenizer, questions, batch)
+        samples = f"{result['n']} questions, chance {100 * result['chance']:.0f} %"
+        how = {"better": "higher", "samples": samples, "protocol": choice.PROTOCOL}
+        rows = [
+            row(f"{short(dataset)} %", 100 * result["acc"], 2, main=True, **how),
+            row(f"{short(dataset)} norm %", 100 * result["acc_norm"], 2, **how),
+        ]
+        return rows, result
+
+    settings = {**subject.numerics, "questions": len(questions)}
+    return Step(f"choice:{dataset}", settings, f"{len(questions)} questions", measure)
+
+
+def mmlu_step(subject: Subject) -> Step:
+    from harness import mmlu, mmlu_data
+
+    args = subject.args
+    source = None if args.mmlu == "hub" else args.mmlu
+    subjects = mmlu_data.take(mmlu_data.read(source), args.limit)
+    shots = mmlu.PROMPTS[args.mmlu_prompt] if args.shots is None else args.shots
+    window = min(mmlu.WINDOW, context_length(subject.config) or mmlu.WINDOW)
+    count = sum(len(s.questions) for s in subjects)
+
+    def measure():
+        result = mmlu.mmlu(
+            subject.model,
+            subject.tokenizer,
+            subjects,
+            shots=shots,
+            prompt=args.mmlu_prompt,
+            window=window,
+            batch_size=args.batch_size or 8,
+        )
+        protocol = f"{shots}-shot, {args.mmlu_prompt} prompt, window {window}"
+        if result["fewer_shots"]:
+            protocol += f"; {result['fewer_shots']} questions with fewer shots"
+        if result["cut"]:
+            protocol += f", {result['cut']} of them cut"
+        samples = f"{result['n']} questions"
+        how = {"better": "higher", "protocol": protocol}
+        rows = [
+            row("MMLU %", 100 * result["micro"], 2, samples=samples, main=True, **how),
+            row(
+                "MMLU macro %",
+                100 * result["macro"],
+                2,
+                samples=f"{len(result['subjects'])} subjects",
+                **how,
+            ),
+        ]
+        for name, part in result["categories"].items():
+            samples = f"{part['n']} questions"
+            rows.append(row(f"MMLU {name} %", 100 * part["acc"], 2, samples=samples, **how))
+        return rows, result
+
+    settings = {
+        **subject.numerics,
+        "questions": count,
+        "shots": shots,
+        "prompt": args.mmlu_prompt,
+        "window": window,
+    }
+    plan = f"{count} questions of {len(subjects)} subjects, {shots} shots"
+    return Step("mmlu", settings, plan, measure, count * window)
+
+
+def tasks_step(subject: Subject) -> Step:
+    from harness import tasks
+
+    args = subject.args
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    tasks.check(names)
+
+    def measure():
+        batch = args.batch_size or 8
+        results = tasks.zero_shot(
+            subject.model, subject.tokenizer, names, limit=args.limit, batch_size=batch
+        )
+        rows, firsts = [], []
+        for name, result in results.items():
+            first = "acc_norm" if "acc_norm" in result else "acc"
+            for metric in ("acc", "acc_norm"):
+                if metric in result:
+                    samples = f"{result['n']} questions"
+                    protocol = f"lm-eval task version {result['version']}, 0-shot"
+                    line = row(
+                        f"{name} {metric} %",
+                        100 * result[metric],
+                        2,
+                        better="higher",
+                        samples=samples,
+                        protocol=protocol,
+                        main=metric == first,
+                    )
+                    rows.append(line)
+            if first in result:
+                firsts.append(result[first])
+        if len(firsts) > 1:
+            mean = 100 * sum(firsts) / len(firsts)
+            protocol = "mean of the tasks' acc_norm, else acc"
+            line = row("zero-shot %", mean, 2, better="higher", protocol=protocol, main=True)
+            rows.append(line)
+        return rows, results
+
+    settings = {**subject.numerics, "tasks": names, "limit": args.limit}
+    return Step("tasks", settings, f"lm-eval: {', '.join(names)}", measure)
+
+
+def divergence_step(subject: Subject, dataset: str) -> Step:
+    from harness import divergence
+    from harness.report import model_identity
+
+    args = subject.args
+    dense = checkpoint.resolve(args.divergence_from)
+    windows, text = subject.windows(dataset)
+
+    def measure():
+        if args.block_by_block:
+            streams = [subject.stream(folder, windows) for folder in (dense, subject.folder)]
+            result = divergence.compare_logits(*streams, windows=len(windows))
+        else:
+            teacher = subject.load(dense)
+            result = divergence.compare_models(
+                teacher, subject.model, windows, args.batch_size or 1
+            )
+        how = {"samples": f"{len(windows)} windows", "protocol": f"per token, {text}"}
+        name = short(args.divergence_from)
+        low, high = {"better": "lower", **how}, {"better": "higher", **how}
+        rows = [
+            row(f"KL from {name}, nats", result.forward_kl, 5, main=True, **low),
+            row(f"reverse KL from {name}, nats", result.reverse_kl, 5, **low),
+            row(f"top-1 as {name} %", 100 * result.top1_agreement, 2, main=True, **high),
+        ]
+        return rows, asdict(result)
+
+    settings = {**subject.numerics, "text": text, "windows": len(windows)}
+    settings["dense"] = model_identity(dense)
+    plan = f"{len(windows)} windows of {subject.seqlen} tokens against {args.divergence_from}"
+    return Step("divergence", settings, plan, measure, 2 * windows.numel())
+
+
+def speed_step(subject: Subject) -> Step:
+    from harness import speed
+
+    args = subject.args
+    prompt, new = speed.lengths(context_length(subject.config))
+    batch = args.batch_size or 1
+    if args.engine == "vllm" and args.load:
+        raise UserError("--load is for --engine transformers; vLLM reads the checkpoint itself")
+
+    def measure():
+        sizes = {"batch_size": batch, "prompt": prompt, "new": new, "seed": args.seed}
+        if args.engine == "vllm":
+            result = speed.measure_vllm(subject.folder, dtype=args.dtype, **sizes)
+        else:
+            result = speed.measure(subject.model, **sizes)
+        protocol = f"{args.engine} on {result.device}, batch {batch}, median of {result.repeats}"
+        share = 100 * result.read_gb_s / result.copy_gb_s
+        high, low = {"better": "higher"}, {"better": "lower"}
+        with_new, with_prompt = {"samples": f"{new} tokens"}, {"samples": f"{prompt} tokens"}
+        rows = [
+            row("decode tokens/s", result.decode_tokens_s, 1, main=True, **high, **with_new),
+            row("prefill tokens/s", result.prefill_tokens_s, 1, **high, **with_prompt),
+            row("first token, ms", 1e3 * result.first_token_s, 2, **low, **with_prompt),
+        ]
+        for line in rows:
+            line["protocol"] = protocol
+        if result.peak_memory_bytes:
+            kind = "allocated" if "cuda" in result.device else "resident"
+            rows.append(
+                row("peak memory, MB", result.peak_memory_bytes / 1e6, 1, protocol=kind, **low)
+            )
+        bandwidth = f"{share:.0f} % of a copy's {result.copy_gb_s:.1f} GB/s on this machine"
+        rows.append(row("weights read, GB/s", result.read_gb_s, 2, protocol=bandwidth, **high))
+        return rows, result.as_dict()
+
+    settings = {
+        **subject.numerics,
+        "engine": args.engine,
+        "device": subject.device,
+        "batch_size": batch,
+        "seed": args.seed,
+    }
+    plan = f"{args.engine}, prompt {prompt}, {new} new tokens, batch {batch}"
+    return Step("speed", settings, plan, measure)
