@@ -1,0 +1,80 @@
+"""The two texts beside every result: recipe.yaml (the steps that led here) and the model card."""
+
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from harness import __version__
+
+ENGINES = {
+    "dense": "transformers, vLLM, and everything else that reads Hugging Face checkpoints",
+    "compressed-tensors": "transformers (with compressed-tensors installed), the harness",
+    "gptq": "vLLM and GPTQModel kernels where they know the width, the harness",
+}
+
+
+def command_line() -> str:
+    """The command that is running, as a user would type it."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        words = ["python", "-m", program.parent.name]
+    elif program.suffix == ".py" and program.parent.name and (program.parent / "__init__.py").exists():
+        words = ["python", "-m", f"{program.parent.name}.{program.stem}"]
+    else:
+        words = [program.name]
+    return shlex.join([*words, *sys.argv[1:]])
+
+
+def recipe(source: Path, step: dict) -> str:
+    """recipe.yaml: the source's own steps, then this one."""
+    earlier = source / "recipe.yaml"
+    steps = yaml.safe_load(earlier.read_text())["steps"] if earlier.is_file() else []
+    return yaml.safe_dump({"steps": [*steps, step]}, sort_keys=False, width=100)
+
+
+def model_card(
+    base: str, step: dict, layout: str, grid, sizes: dict[str, float], conv1d: bool
+) -> str:
+    """README.md of a result. ``sizes``: label -> megabytes or bits per weight."""
+    engines = ENGINES[layout]
+    if layout == "compressed-tensors" and grid.bits in (4, 8):
+        engines = "vLLM, " + engines
+    if conv1d and layout != "dense":
+        engines = "the harness only (transformers has no packed form of GPT-2's Conv1D)"
+    if layout == "gptq" and (grid.bits not in (4, 8) or not grid.symmetric):
+        engines = "the harness, GPTQModel kernels where they know the width"
+    data = step.get("calibration") or {}
+    calibration = (
+        f"{data['nsamples']} windows of {data['seqlen']} tokens of `{data['dataset']}`, "
+        f"seed {data['seed']}"
+        if data
+        else "none needed"
+    )
+    settings = "\n".join(f"| {key} | {value} |" for key, value in step["settings"].items())
+    size_lines = "\n".join(f"| {label} | {value:.2f} |" for label, value in sizes.items())
+    return f"""---
+base_model: {base}
+tags: [{step["method"]}, llm-compression]
+---
+# {Path(base).name}, compressed with {step["method"]}
+
+Made from `{base}` with
+
+```
+{step["command"]}
+```
+
+| | |
+| --- | --- |
+| calibration | {calibration} |
+| stored as | {layout} |
+| read by | {engines} |
+{size_lines}
+{settings}
+
+Versions: llm-compression-harness {__version__}, torch {version("torch")}, transformers \
+{version("transformers")}, compressed-tensors {version("compressed-tensors")}.
+"""

@@ -1,0 +1,308 @@
+"""Any causal LM of transformers as embedding -> blocks -> head, with one block in memory at a time.
+
+The model is built without weights. Its list of blocks is replaced by stand-ins that record what the
+model hands to each block (masks, rotary tables, ...), so no family needs a table here; embedding,
+final norm and head run as the model's own code. A block's weights are read from the checkpoint
+when it is its turn and dropped afterwards.
+
+Legend: B windows in a batch, T tokens per window, D hidden size, V vocabulary.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from harness import checkpoint
+from harness.errors import UserError
+from harness.stages import linears
+
+TOKENS_PER_BATCH = 4096
+
+
+class _Stop(Exception):
+    pass
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place; answers for its attributes (attention_type, ...)."""
+
+    def __init__(self, block: nn.Module, act):
+        super().__init__()
+        self.__dict__["_block"] = block
+        self.__dict__["_act"] = act
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden, *args, **kwargs):
+        return self.__dict__["_act"](hidden, args, kwargs)
+
+
+class Decoder:
+    """A checkpoint opened for block-by-block work.
+
+    Attributes:
+        blocks: the blocks, on the meta device except while loaded.
+        prefix: their name in the model, "model.layers" for LLaMA.
+        weights: the checkpoint's tensors (:class:`harness.checkpoint.Weights`).
+        context: the model's longest window in tokens, or None if its config does not say.
+    """
+
+    def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None):
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self.weights = checkpoint.Weights(folder)
+        self.config = checkpoint.load_config(folder)
+        vars(self.config).pop("quantization_config", None)
+        self.device = torch.device(device)
+        self.dtype = dtype or self.weights.dtype
+        self.context = context_length(self.config)
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+        self.prefix, self.blocks = find_blocks(self.model)
+        self._parent, _, self._attribute = self.prefix.rpartition(".")
+        self._tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        self._arguments: dict[int, list[tuple]] = {}
+        self._tuple_output = False
+        self._outer_loaded = False
+        self._stored = self._stored_names()
+        self._converted = None if self._stored else self._load_converted()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    # -- names and tensors ------------------------------------------------------------------
+
+    def _stored_names(self) -> dict[str, str]:
+        """Model name -> the checkpoint's name (base-model prefixes may be there or not); empty
+        where some parameter is not in the checkpoint under any of these."""
+        base = f"{self.model.base_model_prefix}."
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        stored = {}
+        for name in self.model.state_dict():
+            spellings = (name, name.removeprefix(base), base + name)
+            found = next((s for s in spellings if s in self.weights.names), None)
+            if found:
+                stored[name] = found
+            elif name in parameters and name not in self._tied:
+                return {}
+        return stored
+
+    def _load_converted(self) -> dict[str, torch.Tensor]:
+        """The whole model through transformers, for families whose files need its conversions
+        (fused experts, renamed heads)."""
+        folder = self.weights.folder
+        print(f"{folder} stores its tensors under other names than the model: loading it whole.", file=sys.stderr)
+        return checkpoint.load_dense(folder, self.dtype).state_dict()
+
+    def block_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """Every stored tensor of block ``index`` by its full model name, in the working dtype."""
+        names = [f"{self.prefix}.{index}.{n}" for n in self.blocks[index].state_dict()]
+        return {n: self._read(n) for n in names if self._has(n)}
+
+    def outer_tensors(self) -> dict[str, torch.Tensor]:
+        """The same for everything outside the blocks, tied tensors once."""
+        names = [n for n in self.model.state_dict() if not n.startswith(self.prefix + ".")]
+        return {n: self._read(n) for n in names if n not in self._tied and self._has(n)}
+
+    def _has(self, name: str) -> bool:
+        return name in (self._stored if self._converted is None else self._converted)
+
+    def _read(self, name: str) -> torch.Tensor:
+        if self._converted is None:
+            tensor = self.weights.read(self._stored[name], self.dtype)
+        else:
+            tensor = self._converted[name]
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{name} holds NaN or infinite values; the checkpoint is damaged or was trained to "
+                "divergence. Get another copy."
+            )
+        return tensor
+
+    def load(self, index: int, tensors: dict[str, torch.Tensor] | None = None) -> nn.Module:
+        """Block ``index`` with its weights (or ``tensors``, by full name) on the device."""
+        block = self.blocks[index]
+        tensors = self.block_tensors(index) if tensors is None else tensors
+        cut = len(f"{self.prefix}.{index}.")
+        _fill(block, {n[cut:]: t for n, t in tensors.items()}, self.device)
+        for buffer_name, buffer in list(block.named_buffers()):
+            _put(block, buffer_name, buffer.to(self.device), buffer=True)
+        return block
+
+    def release(self, index: int) -> None:
+        """Drop the weights of block ``index``."""
+        block = self.blocks[index]
+        for name, parameter in list(block.named_parameters()):
+            _put(block, name, torch.empty_like(parameter, device="meta"))
+
+    # -- running ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, D] that enter block 0, for token ids [B, T]."""
+        self._load_outer()
+        seen = []
+
+        def act(index):
+            def record(hidden, args, kwargs):
+                seen.append((hidden, args, kwargs))
+                if index == len(self) - 1:
+                    raise _Stop
+                return hidden
+
+            return record
+
+        self._run_outer(ids, [act(i) for i in range(len(self))])
+        if len(seen) != len(self):
+            raise UserError(f"{type(self.model).__name__} does not call its blocks one after another.")
+        arguments = [(args, kwargs) for _, args, kwargs in seen]
+        known = self._arguments.setdefault(len(ids), arguments)
+        if not _same(known, arguments):
+            raise UserError(
+                f"the blocks of {type(self.model).__name__} take inputs that differ from window to "
+                "window beside the hidden states; this family is not supported block by block."
+            )
+        return seen[0][0]
+
+    @torch.no_grad()
+    def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Output [B, T, D] of the loaded block ``index``; a batch size that was embedded before."""
+        args, kwargs = self._arguments[len(hidden)][index]
+        output = self.blocks[index](hidden, *args, **kwargs)
+        self._tuple_output = isinstance(output, tuple)
+        return output[0] if self._tuple_output else output
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] from the last block's output, through the model's own norm and head."""
+        last = len(self) - 1
+
+        def act(index):
+            def inject(_, args, kwargs):
+                value = hidden if index == last else _
+                return (value,) if self._tuple_output else value
+
+            return inject
+
+        return self._run_outer(ids, [act(i) for i in range(len(self))])
+
+    def _run_outer(self, ids, acts):
+        stand_ins = nn.ModuleList(
+            _StandIn(b, a) for b, a in zip(self.blocks, acts, strict=True)
+        )
+        parent = self.model.get_submodule(self._parent)
+        setattr(parent, self._attribute, stand_ins)
+        try:
+            return self.model(ids.to(self.device), use_cache=False).logits
+        except _Stop:
+            return None
+        finally:
+            setattr(parent, self._attribute, self.blocks)
+
+    def _load_outer(self) -> None:
+        if self._outer_loaded:
+            return
+        _fill(self.model, self.outer_tensors(), self.device)
+        for name, buffer in list(self.model.named_buffers()):
+            if not name.startswith(self.prefix + "."):
+                _put(self.model, name, buffer.to(self.device), buffer=True)
+        self.model.tie_weights()
+        self._outer_loaded = True
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: the outermost ModuleList whose members hold linears."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and all(linears(b) for b in module):
+            return name, module
+    raise UserError(f"{type(model).__name__} has no list of blocks with linear layers in them.")
+
+
+def context_length(config) -> int | None:
+    """The longest window a config allows, in tokens."""
+    for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def check_window(seqlen: int, config) -> None:
+    """Raise :class:`UserError` when windows of ``seqlen`` do not fit the model's context."""
+    context = context_length(config)
+    if context is not None and seqlen > context:
+        raise UserError(
+            f"windows of {seqlen} tokens are longer than the model's context of {context}; "
+            f"use --seqlen {context} or less."
+        )
+
+
+def batches(windows: torch.Tensor, batch_size: int | None = None) -> list[torch.Tensor]:
+    """Windows [N, T] cut into batches [B, T], by default of about TOKENS_PER_BATCH tokens."""
+    size = batch_size or max(1, TOKENS_PER_BATCH // windows.shape[1])
+    return list(windows.split(size))
+
+
+@torch.no_grad()
+def stream_logits(
+    model: str | Path,
+    windows: torch.Tensor,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(index of the first window, logits [B, T, V]) per batch, holding one block at a time.
+
+    Memory: one block, the hidden states of all windows [N, T, D], one batch of logits.
+    """
+    decoder = Decoder(checkpoint.resolve(model), device=device, dtype=dtype)
+    check_window(windows.shape[1], decoder.config)
+    parts = batches(windows, batch_size)
+    hidden = [decoder.embed(part) for part in parts]
+    for index in range(len(decoder)):
+        decoder.load(index)
+        for i, value in enumerate(hidden):
+            hidden[i] = decoder.forward(index, value)
+        decoder.release(index)
+    start = 0
+    for i, part in enumerate(parts):
+        yield start, decoder.logits(part, hidden[i])
+        hidden[i] = None
+        start += len(part)
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return type(a) is type(b)
+
+
+def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device) -> None:
+    for name, tensor in tensors.items():
+        is_buffer = name not in dict(module.named_parameters(remove_duplicate=False))
+        current = module.get_buffer(name) if is_buffer else module.get_parameter(name)
+        if current.shape != tensor.shape:
+            raise UserError(
+                f"{name} has shape {list(tensor.shape)} in the checkpoint; config.json asks for "
+                f"{list(current.shape)}. The two do not belong together."
+            )
+        _put(module, name, tensor.to(device), buffer=is_buffer)
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor, buffer: bool = False) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if buffer:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,104 @@
+"""Ranks and process groups. Without a launcher everything here is the identity.
+
+Start with ``torchrun --nproc-per-node 2 -m gptq ...`` or ``accelerate launch``: gloo on CPU, NCCL
+on CUDA. Every rank sees the same files; rank 0 alone writes.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from harness.errors import UserError
+
+
+def start(device: str) -> str:
+    """Join the launcher's process group, if there is one; returns this rank's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local)
+        return f"cuda:{local}"
+    return device
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_number(value: float) -> float:
+    if world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = sum_in_place(torch.tensor(float(value), dtype=torch.float64, device=device)).item()
+    return type(value)(total)
+
+
+def broadcast_object(value):
+    """Rank 0's ``value`` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def lead(function):
+    """``function()`` on rank 0, its result on every rank; a UserError there is raised on all, so
+    that no rank waits for one that has left."""
+    if world_size() == 1:
+        return function()
+    result, message = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as error:
+            message = str(error)
+    result, message = broadcast_object((result, message))
+    if message:
+        raise UserError(message)
+    return result
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shares(count: int) -> list[slice]:
+    """Contiguous slices of ``range(count)``, one per rank, as even as can be."""
+    ranks = world_size()
+    edges = [count * r // ranks for r in range(ranks + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def gather_rows(part: torch.Tensor, rows: int) -> torch.Tensor:
+    """Put together row slices [shares(rows)[r], ...] of every rank: [rows, ...] on every rank."""
+    if world_size() == 1:
+        return part
+    whole = part.new_zeros(rows, *part.shape[1:])
+    for source, share in enumerate(shares(rows)):
+        piece = whole[share]
+        if source == rank():
+            piece.copy_(part)
+        if piece.numel():
+            piece = piece.contiguous()
+            dist.broadcast(piece, src=source)
+            whole[share] = piece
+    return whole

@@ -1,0 +1,14 @@
+"""The one exception that means "the user can mend this" (exit code 2), and name suggestions."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A one-line message: what was found, what was expected, how to mend it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suggestion to append to an error about an unknown name: " Did you mean 'c4'?" or ""."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,82 @@
+"""``--dry-run``: what a layer-wise pass would do, and about what it needs; nothing is written."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from harness import writer
+from harness.sequential import Method
+from harness.stages import get_matrix, linears
+
+
+def print_plan(decoder, method: Method, out: str | Path, tokens: int) -> None:
+    """Print the plan of :func:`harness.sequential.compress` block by block.
+
+    Time is an estimate from counted multiply-adds and a product timed for a quarter of a second.
+
+    Args:
+        tokens: calibration tokens in all windows (0: no data is looked at).
+
+    Raises:
+        UserError: the output folder is in the way (checked without --overwrite).
+    """
+    writer.check_out(Path(out), overwrite=True)
+    speed = _multiply_adds_per_second(decoder.device, decoder.dtype)
+    bits = method.grid.bits if method.grid and method.layout != "dense" else None
+    item = decoder.dtype.itemsize
+    print(f"{method.name}: {len(decoder)} blocks -> {out} ({method.layout}, {decoder.dtype})")
+    print("| blocks | linears | weights (M) | memory (GB) | disk (MB) | time (s) |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    total_disk = total_time = peak = 0.0
+    for first, last, shapes in _same_blocks(decoder):
+        weights = sum(o * i for o, i in shapes)
+        widest = max(i for _, i in shapes)
+        hidden = tokens * decoder.config.hidden_size * item
+        statistics = 16 * widest**2 if tokens else 0
+        activations = tokens * sum(o + i for o, i in shapes) * item
+        memory = (weights * item + hidden + statistics + activations) / 1e9
+        scales = weights / method.grid.columns_per_group(widest) * item if bits else 0
+        disk = (weights * bits / 8 + scales if bits else weights * item) / 1e6
+        work = tokens * weights + sum(tokens * i * i / 2 + o * i * i for o, i in shapes)
+        seconds = work / speed if tokens else weights / 1e8
+        count = last - first + 1
+        name = f"{first}" if count == 1 else f"{first}-{last}, each"
+        print(
+            f"| {name} | {len(shapes)} | {weights / 1e6:.2f} | {memory:.2f} | {disk:.1f} | "
+            f"{seconds:.1f} |"
+        )
+        total_disk += disk * count
+        total_time += seconds * count
+        peak = max(peak, memory)
+    outer = sum(p.numel() for n, p in decoder.model.named_parameters() if decoder.prefix not in n)
+    total_disk += outer * item / 1e6
+    print(
+        f"in all: at most about {peak + outer * item / 1e9:.2f} GB of memory, {total_disk:.1f} MB of "
+        f"disk, {total_time / 60:.1f} minutes"
+    )
+
+
+def _same_blocks(decoder):
+    """Runs of blocks with equal shapes: (first, last, [(out, in)])."""
+    runs = []
+    for index, block in enumerate(decoder.blocks):
+        shapes = [tuple(get_matrix(m).shape) for m in linears(block).values()]
+        if runs and runs[-1][2] == shapes:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index, shapes])
+    return runs
+
+
+def _multiply_adds_per_second(device, dtype) -> float:
+    n = 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    a @ a
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.25:
+        a @ a
+        count += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return count * n**3 / (time.perf_counter() - start)

@@ -1,0 +1,255 @@
+"""Write a checkpoint block by block: whole or not at all, and resumable after any kill.
+
+While a run is under way ``OUT.partial/`` holds finished shards under their final names, and
+``OUT.partial.json`` says what run they belong to. At the end the folder is renamed to ``OUT``.
+One shard holds what lies outside the blocks, then comes one shard per block.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from harness import __version__, checkpoint, formats
+from harness.errors import UserError
+
+VERSIONS = ("torch", "transformers", "compressed-tensors")
+SIDE_FILES = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja",
+              "special_tokens_map.json", "added_tokens.json", "recipe.yaml")
+
+
+def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> dict:
+    """What a resumed run must have in common with the interrupted one.
+
+    Model files by name, size and a hash of their first and last mebibyte (whole files of a large
+    model take minutes to hash); calibration tokens by hash; settings and library versions.
+    """
+    files = sorted([*checkpoint.Weights(folder).files(), "config.json"])
+    data = "none" if windows is None else _sha(windows.contiguous().numpy().tobytes())
+    return {
+        "model": {name: _sample_hash(folder / name) for name in files},
+        "calibration": data,
+        "settings": settings,
+        "versions": {name: version(name) for name in VERSIONS} | {"harness": __version__},
+    }
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _sample_hash(path: Path, part: int = 2**20) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(part)
+        file.seek(max(part, size - part))
+        return f"{size}:{_sha(head + file.read())}"
+
+
+class Writer:
+    """Shards of one output checkpoint.
+
+    Args:
+        out: the folder to make. An existing one is an error without ``overwrite``.
+        blocks: how many decoder blocks there will be.
+        identity: :func:`fingerprint` of this run.
+        resume: go on from shards of a killed run with the same identity.
+        lead: False on ranks that only read what rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        blocks: int,
+        identity: dict,
+        *,
+        overwrite: bool = False,
+        resume: bool = True,
+        lead: bool = True,
+    ):
+        self.out = Path(out)
+        self.blocks = blocks
+        self.overwrite = overwrite
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.identity_file = self.out.with_name(self.out.name + ".partial.json")
+        if not lead:
+            return
+        check_out(self.out, overwrite)
+        identity = json.loads(json.dumps(identity))
+        if not resume:
+            self._forget()
+        if self.identity_file.is_file():
+            self._compare(json.loads(self.identity_file.read_text()), identity)
+        else:
+            self._forget()
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.identity_file, json.dumps(identity, indent=1))
+        self.partial.mkdir(parents=True, exist_ok=True)
+        for leftover in self.partial.glob("*.tmp"):
+            leftover.unlink()
+
+    def _forget(self) -> None:
+        self.identity_file.unlink(missing_ok=True)
+        if self.partial.is_dir():
+            shutil.rmtree(self.partial)
+
+    def _compare(self, old: dict, new: dict) -> None:
+        for part, values in new.items():
+            before = old.get(part)
+            if before == values:
+                continue
+            where = part
+            if isinstance(values, dict) and isinstance(before, dict):
+                key = next(k for k in {**before, **values} if before.get(k) != values.get(k))
+                where = f"{part}, {key}: {before.get(key)} there, {values.get(key)} now"
+            raise UserError(
+                f"{self.partial} was begun by another run ({where}); repeat that command, choose "
+                "another --out, or start afresh with --no-resume."
+            )
+
+    def shard(self, index: int) -> Path:
+        """File of shard ``index``: 0 is what lies outside the blocks, 1 + i is block i."""
+        return self.partial / f"model-{index + 1:05d}-of-{self.blocks + 1:05d}.safetensors"
+
+    @property
+    def finished(self) -> int:
+        """How many blocks, counted from the first, are on disk."""
+        done = (i for i in range(self.blocks) if not self.shard(1 + i).is_file())
+        return next(done, self.blocks)
+
+    def write_block(self, index: int, tensors: dict[str, torch.Tensor], rows: list[dict]) -> None:
+        """Store block ``index``; ``rows`` are its lines of the log (deterministic values only)."""
+        save_tensors(self.shard(1 + index), tensors, {"log": json.dumps(rows)})
+
+    def read_block(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+        """Physical tensors and log rows of a finished block."""
+        with safe_open(self.shard(1 + index), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["log"])
+
+    def finish(self, outer: dict[str, torch.Tensor], config: dict, texts: dict[str, str]) -> Path:
+        """Write the rest and rename the folder to its final name.
+
+        Args:
+            outer: tensors outside the blocks.
+            config: the whole of config.json.
+            texts: further files by name (model card, recipe, log).
+        """
+        save_tensors(self.shard(0), outer, {})
+        weight_map, total = {}, 0
+        for index in range(self.blocks + 1):
+            path = self.shard(index)
+            with safe_open(path, framework="pt") as file:
+                weight_map.update(dict.fromkeys(file.keys(), path.name))
+            total += tensor_bytes(path)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(self.partial / "model.safetensors.index.json", json.dumps(index, indent=1))
+        write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
+        for name, text in texts.items():
+            write_text(self.partial / name, text)
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            check_out(self.out, self.overwrite)
+            os.replace(self.out, old)
+        os.replace(self.partial, self.out)
+        self.identity_file.unlink(missing_ok=True)
+        if old.exists():
+            shutil.rmtree(old)
+        return self.out
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise :class:`UserError` unless ``out`` may be made: not there, or ours to replace."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise UserError(f"{out} is not a checkpoint folder; --overwrite will not delete it.")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Tokenizer and generation settings, byte for byte."""
+    for pattern in SIDE_FILES:
+        for path in source.glob(pattern):
+            if pattern != "recipe.yaml":
+                shutil.copyfile(path, target / path.name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise _disk_error(path, error) from error
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file, written beside and renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(ready, beside, metadata={"format": "pt", **metadata})
+        os.replace(beside, path)
+    except Exception as error:
+        beside.unlink(missing_ok=True)
+        raise _disk_error(path, error) from error
+
+
+def _disk_error(path: Path, error: Exception) -> Exception:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error) or "os error 28" in str(error):
+        free = shutil.disk_usage(path.parent).free / 1e6
+        return UserError(
+            f"the disk is full at {path.parent} ({free:.0f} MB free); free some space and repeat the "
+            "command, finished blocks are kept."
+        )
+    return error
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of tensor data in a safetensors file (its size less the header)."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def config_for(folder: Path, dtype: torch.dtype, quantization: dict | None, conv1d: bool) -> dict:
+    """The source's config.json with dtype and quantization_config of the result."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if quantization:
+        config["quantization_config"] = quantization
+    if quantization and conv1d:
+        config["harness_conv1d"] = True
+    return config
+
+
+def decode_block(
+    tensors: dict[str, torch.Tensor],
+    layout: str,
+    quantization: dict | None,
+    dtype: torch.dtype,
+    conv1d: bool,
+) -> dict[str, torch.Tensor]:
+    """Logical tensors of a stored block, as the model holds them: packed linears dequantized."""
+    suffix = formats.SUFFIXES.get(layout)
+    packed = {n.removesuffix(suffix) for n in tensors if n.endswith(suffix)} if suffix else set()
+    logical = {n: t for n, t in tensors.items()
+               if n.rpartition(".")[0] not in packed or n.endswith(".bias")}
+    for name in packed:
+        weight = formats.decode(tensors.__getitem__, name, layout, quantization)
+        dense = weight.dequantize(dtype)
+        logical[f"{name}.weight"] = dense.T.contiguous() if conv1d else dense
+    return logical

@@ -1,0 +1,5 @@
+import sys
+
+from gptq.cli import main
+
+sys.exit(main())
