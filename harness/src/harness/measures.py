@@ -179,21 +179,13 @@ def mmlu_step(subject: Subject) -> Step:
             protocol += f"; {result['fewer_shots']} questions with fewer shots"
         if result["cut"]:
             protocol += f", {result['cut']} of them cut"
-        samples = f"{result['n']} questions"
-        how = {"better": "higher", "protocol": protocol}
-        rows = [
-            row("MMLU %", 100 * result["micro"], 2, samples=samples, main=True, **how),
-            row(
-                "MMLU macro %",
-                100 * result["macro"],
-                2,
-                samples=f"{len(result['subjects'])} subjects",
-                **how,
-            ),
-        ]
+        how = {"better": "higher", "samples": f"{result['n']} questions"}
+        rows = [row("MMLU %", 100 * result["micro"], 2, protocol=protocol, main=True, **how)]
+        how["samples"] = f"{len(result['subjects'])} subjects"
+        rows.append(row("MMLU macro %", 100 * result["macro"], 2, **how))
         for name, part in result["categories"].items():
-            samples = f"{part['n']} questions"
-            rows.append(row(f"MMLU {name} %", 100 * part["acc"], 2, samples=samples, **how))
+            how["samples"] = f"{part['n']} questions"
+            rows.append(row(f"MMLU {name} %", 100 * part["acc"], 2, **how))
         return rows, result
 
     settings = {
