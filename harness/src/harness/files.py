@@ -58,7 +58,7 @@ def select(source: Path, split: str) -> tuple[list[Path], bool]:
         if chosen:
             return chosen, True
     raise UserError(
-        f"{source}: its files are named for {', '.join(sorted(set(filter(None, found.values()))))}; "
+        f"{source}: its files are named for {', '.join(sorted(set(found.values()) - {None}))}; "
         f"expected a file named {split}* too"
     )
 
