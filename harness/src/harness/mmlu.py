@@ -94,16 +94,20 @@ def mmlu(
     if not asked:
         raise UserError("MMLU has no questions to ask")
     sequences, positions = [], []
+    alike: dict[tuple[str, int], list[int]] = {}  # same header and shots
     fewer = cut = 0
     for subject, question in asked:
         ids, k, was_cut = fit(tokenizer, subject, question, shots, room, prompt)
         fewer += k < shots
         cut += was_cut
         for tokens in fed:
+            alike.setdefault((subject.name, -1 if was_cut else k), []).append(len(sequences))
             sequences.append(ids + list(tokens))
             positions.append(range(len(ids) - 1, len(ids) + len(tokens)))
     scores = [[0.0] * len(LETTERS) for _ in asked]
-    for index, logits in position_logits(model, sequences, positions, batch_size, "mmlu"):
+    for index, logits in position_logits(
+        model, sequences, positions, batch_size, "mmlu", list(alike.values())
+    ):
         number, tokens = index // len(fed), fed[index % len(fed)]
         log_p = logits.log_softmax(-1)
         if log_p.isnan().any():

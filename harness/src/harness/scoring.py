@@ -1,9 +1,11 @@
 """Logits at chosen positions of token sequences of unequal length: what question sets need.
 
-Sequences are padded on the right, where causal attention never looks, so the result does not
-depend on the batch; the output head runs only at the positions asked for.
+Sequences are padded on the right, where causal attention never looks, so no mask is needed and the
+result does not depend on the batch. The output head runs only at the positions asked for, and what
+a group of sequences has in common at the start is run once, its keys and values shared.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor
 
 from harness.progress import track
+
+# Below this many tokens a shared start is not worth a forward of its own.
+SHORTEST_SHARED = 16
 
 
 def encode(tokenizer, text: str, special: bool = True) -> list[int]:
@@ -27,32 +32,77 @@ def position_logits(
     positions: Sequence[Sequence[int]],
     batch_size: int = 8,
     label: str = "scoring",
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(index of the sequence, float32 logits [P, V] at its P positions), longest first.
+    """(index of the sequence, float32 logits [P, V] at its P positions), in no promised order.
 
-    `sequences` are non-empty lists of token ids no longer than the model's context;
-    `positions[i]` index into sequence i. V is the model's vocabulary. Batches hold sequences of
-    like length, so padding costs little.
+    Args:
+        sequences: non-empty lists of token ids, no longer than the model's context.
+        positions: `positions[i]` index into sequence i, ascending.
+        groups: indices of sequences that may start alike; every index in exactly one group.
+            Changes the time taken, not the result. By default nothing is shared.
     """
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for batch in track(batches, label):
-        longest = len(sequences[batch[0]])
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(batch):
-            ids[row, : len(sequences[index])] = torch.tensor(sequences[index])
-            mask[row, : len(sequences[index])] = 1
-        wanted = sorted({p for index in batch for p in positions[index]})
+    if groups is None:
+        groups = [range(len(sequences))]
+        shared = [0]
+    else:
+        shared = [shared_start(sequences, positions, group) for group in groups]
+    # Like lengths together: padding costs little, and what does not fit fails at once.
+    batches = []
+    for number, group in enumerate(groups):
+        order = sorted(group, key=lambda i: -len(sequences[i]))
+        parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        batches += [(number, part) for part in parts]
+    current, cache = None, None
+    for number, batch in track(batches, label):
+        if number != current:
+            current = number
+            cache = _run_start(model, sequences[batch[0]][: shared[number]], keep)
+        start = shared[number] if cache is not None else 0
+        ids = torch.zeros(len(batch), len(sequences[batch[0]]) - start, dtype=torch.long)
+        for line, index in enumerate(batch):
+            ids[line, : len(sequences[index]) - start] = torch.tensor(sequences[index][start:])
+        wanted = sorted({p - start for index in batch for p in positions[index]})
         extra = {"logits_to_keep": torch.tensor(wanted, device=model.device)} if keep else {}
+        if cache is not None:
+            extra["past_key_values"] = copy.deepcopy(cache)
+            extra["past_key_values"].batch_repeat_interleave(len(batch))
         with torch.no_grad():
             logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                use_cache=False,
-                **extra,
+                input_ids=ids.to(model.device), use_cache=cache is not None, **extra
             ).logits
         column = {p: i for i, p in enumerate(wanted)} if keep else {p: p for p in wanted}
-        for row, index in enumerate(batch):
-            yield index, logits[row, [column[p] for p in positions[index]]].float()
+        for line, index in enumerate(batch):
+            yield index, logits[line, [column[p - start] for p in positions[index]]].float()
+
+
+def shared_start(
+    sequences: Sequence[list[int]], positions: Sequence[Sequence[int]], group: Sequence[int]
+) -> int:
+    """How many first tokens a group of sequences shares, before any position asked for.
+
+    0 where that is not worth a forward of its own.
+    """
+    if len(group) < 2:
+        return 0
+    # Whatever the smallest and the largest share, all between them share.
+    low, high = (pick(sequences[i] for i in group) for pick in (min, max))
+    limit = min(positions[i][0] for i in group)
+    same = 0
+    while same < min(limit, len(low), len(high)) and low[same] == high[same]:
+        same += 1
+    return same if same >= SHORTEST_SHARED else 0
+
+
+def _run_start(model, tokens: list[int], keep: bool):
+    """Keys and values of a shared start; None where there is none or the model's cache cannot be
+    handed to several sequences (recurrent states)."""
+    if not tokens:
+        return None
+    with torch.no_grad():
+        ids = torch.tensor([tokens], device=model.device)
+        # The logits are not wanted: one position is the least that can be asked for.
+        output = model(input_ids=ids, use_cache=True, **({"logits_to_keep": 1} if keep else {}))
+    cache = getattr(output, "past_key_values", None)
+    return cache if hasattr(cache, "batch_repeat_interleave") else None
