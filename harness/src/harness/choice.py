@@ -4,7 +4,6 @@ The score of a choice is the log-probability of its tokens after the question; t
 is divided by the choice's length in characters (lm-evaluation-harness's `acc` and `acc_norm`).
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -66,12 +65,7 @@ def choice_scores(
             targets.append(continuation)
             owners.append((number, slot))
     scores = [[0.0] * len(q["choices"]) for q in questions]
-    # The question once for its choices; a GPU is faster with full batches of whole texts.
-    groups = None
-    if model.device.type == "cpu":
-        firsts = itertools.accumulate((len(q["choices"]) for q in questions), initial=0)
-        groups = [range(a, b) for a, b in itertools.pairwise(firsts)]
-    for index, logits in position_logits(model, sequences, positions, batch_size, "choice", groups):
+    for index, logits in position_logits(model, sequences, positions, batch_size, "choice"):
         target = torch.tensor(targets[index], device=logits.device)
         nll = torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
         if math.isnan(nll):
