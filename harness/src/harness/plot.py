@@ -11,14 +11,18 @@ COLOURS = ("#33415c", "#c1443c", "#1f7a8c", "#d98e04", "#6a4c93", "#4f772d", "#8
 
 
 def frontier(points: Sequence[tuple[float, float]], better: str) -> list[int]:
-    """Indices of the points no other beats: no larger and no worse; from small to large."""
+    """Indices of the (size, value) points that no other beats, from small to large.
+
+    Sizes within 2 % count as equal: file headers alone differ by as much in small models.
+    """
     sign = 1 if better == "lower" else -1
-    best, kept = float("inf"), []
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
-        if sign * points[i][1] < best:
-            best = sign * points[i][1]
-            kept.append(i)
-    return kept
+
+    def beaten(i: int) -> bool:
+        size, value = points[i]
+        return any(s <= 1.02 * size and sign * v < sign * value for s, v in points)
+
+    kept = [i for i in range(len(points)) if not beaten(i)]
+    return sorted(kept, key=lambda i: points[i][0])
 
 
 def panels(all_results: Sequence[dict]) -> list[tuple[str, str, list[tuple[int, float, float]]]]:
