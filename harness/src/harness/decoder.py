@@ -66,7 +66,7 @@ class Decoder:
         self.prefix, self.blocks = find_blocks(self.model)
         self._parent, _, self._attribute = self.prefix.rpartition(".")
         self._tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        self._arguments: dict[int, list[tuple]] = {}
+        self._arguments: dict[tuple[int, int], list[tuple]] = {}
         self._tuple_output = False
         self._outer_loaded = False
         self._stored = self._stored_names()
@@ -153,7 +153,11 @@ class Decoder:
                 seen.append((hidden, args, kwargs))
                 if index == len(self) - 1:
                     raise _Stop
-                return hidden
+                # Some models take the first item of what a block returns. Given a bare tensor,
+                # they hand the next block its first window: one dimension less.
+                entered = seen[0][0]
+                indexed = index > 0 and seen[1][0].ndim < entered.ndim
+                return (entered,) if indexed else entered
 
             return record
 
@@ -161,7 +165,7 @@ class Decoder:
         if len(seen) != len(self):
             raise UserError(f"{type(self.model).__name__} does not call its blocks one after another.")
         arguments = [(args, kwargs) for _, args, kwargs in seen]
-        known = self._arguments.setdefault(len(ids), arguments)
+        known = self._arguments.setdefault(tuple(ids.shape), arguments)
         if not _same(known, arguments):
             raise UserError(
                 f"the blocks of {type(self.model).__name__} take inputs that differ from window to "
@@ -171,8 +175,8 @@ class Decoder:
 
     @torch.no_grad()
     def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Output [B, T, D] of the loaded block ``index``; a batch size that was embedded before."""
-        args, kwargs = self._arguments[len(hidden)][index]
+        """Output [B, T, D] of the loaded block ``index``; some [B, T] ids were embedded before."""
+        args, kwargs = self._arguments[tuple(hidden.shape[:2])][index]
         output = self.blocks[index](hidden, *args, **kwargs)
         self._tuple_output = isinstance(output, tuple)
         return output[0] if self._tuple_output else output

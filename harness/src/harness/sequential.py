@@ -12,7 +12,6 @@ In true-sequential order a stage sees the effect of the earlier ones, and its bl
 of a second forward; all stages' statistics are then in memory together.
 """
 
-import dataclasses
 import json
 import sys
 import time
@@ -34,6 +33,7 @@ from harness.stages import PausedForwards, find_stages, get_matrix, linears, set
 
 LOG = "compression_log.json"
 SHARE_OF_FREE_MEMORY = 0.6
+PROBE_TOKENS = 16
 
 
 @dataclass
@@ -95,7 +95,7 @@ def compress(
     Raises:
         UserError: everything in the bad-input table of the tests.
     """
-    quantization = conv1d = None
+    quantization = None
     preflight(decoder, method)
     source = decoder.weights.folder
     conv1d = any(isinstance(m, Conv1D) for m in linears(decoder.blocks[0]).values())
@@ -200,6 +200,7 @@ class _Pass:
         size = windows.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
         if 4 * size < _free_memory(decoder.device):
             self.store = decoder.device
+        self.probe = decoder.embed(windows[:1, :PROBE_TOKENS])
         self.hidden = [decoder.embed(part).to(self.store) for part in parts]
 
     def block(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -244,8 +245,8 @@ class _Pass:
     def _find_stages(self, index: int, block) -> list[list[str]]:
         key = tuple((n, *get_matrix(m).shape) for n, m in linears(block).items())
         if key not in self.stages:
-            one = self.hidden[0].to(self.decoder.device)
-            self.stages[key] = find_stages(block, lambda: self.decoder.forward(index, one))
+            forward = lambda: self.decoder.forward(index, self.probe)  # noqa: E731
+            self.stages[key] = find_stages(block, forward)
             missed = set(linears(block)) - {n for stage in self.stages[key] for n in stage}
             if missed:
                 _say(f"not compressed, their block never calls them: {', '.join(sorted(missed))}")
@@ -370,10 +371,3 @@ def _peak() -> str:
 def _say(text: str) -> None:
     if distributed.rank() == 0:
         print(text, file=sys.stderr)
-
-
-def settings_of(dataclass_or_dict) -> dict:
-    """A plain dict for the recipe."""
-    if dataclasses.is_dataclass(dataclass_or_dict):
-        return dataclasses.asdict(dataclass_or_dict)
-    return dict(dataclass_or_dict)
