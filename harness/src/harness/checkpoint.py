@@ -134,8 +134,12 @@ class Weights:
         """A tensor exactly as the file holds it (physical name), on the CPU."""
         file = self._where[name]
         try:
-            opened = self._open(file)
-            return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+            # A copy: the library's tensor is a window on the mapped file, shared by every reading of
+            # it, so that a weight changed in place would be changed for the next reader too, and
+            # stay in memory for as long as the file is open.
+            if file.endswith(".safetensors"):
+                return _open_file(self.folder / file).get_tensor(name).clone()
+            return self._open(file)[name].clone()
         except UserError:
             raise
         except Exception as error:  # safetensors raises its own SafetensorError, or OSError
@@ -216,8 +220,6 @@ def load_model(
     if weights.layout == "dense":
         loaded = load_dense(folder, torch_dtype)
     else:
-        del config.quantization_config
-        state = {name: weights.read(name, torch_dtype) for name in sorted(weights.names)}
         loaded = _load_packed(weights, config, torch_dtype)
     return loaded.to(device).eval()
 
