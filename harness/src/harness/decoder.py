@@ -128,8 +128,7 @@ class Decoder:
         """Block ``index`` with its weights (or ``tensors``, by full name) on the device."""
         block = self.blocks[index]
         tensors = self.block_tensors(index) if tensors is None else tensors
-        cut = len(f"{self.prefix}.{index}.")
-        _fill(block, {n[cut:]: t for n, t in tensors.items()}, self.device)
+        _fill(block, tensors, self.device, f"{self.prefix}.{index}.")
         for buffer_name, buffer in list(block.named_buffers()):
             _put(block, buffer_name, buffer.to(self.device), buffer=True)
         return block
@@ -291,13 +290,14 @@ def _same(a, b) -> bool:
     return type(a) is type(b)
 
 
-def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device) -> None:
-    for name, tensor in tensors.items():
+def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device, prefix: str = "") -> None:
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix(prefix)
         is_buffer = name not in dict(module.named_parameters(remove_duplicate=False))
         current = module.get_buffer(name) if is_buffer else module.get_parameter(name)
         if current.shape != tensor.shape:
             raise UserError(
-                f"{name} has shape {list(tensor.shape)} in the checkpoint; config.json asks for "
+                f"{full_name} has shape {list(tensor.shape)} in the checkpoint; config.json asks for "
                 f"{list(current.shape)}. The two do not belong together."
             )
         _put(module, name, tensor.to(device), buffer=is_buffer)
