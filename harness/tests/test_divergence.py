@@ -141,3 +141,19 @@ def test_models_are_compared_over_all_tokens():
     assert same.forward_kl == pytest.approx(0, abs=1e-6) and same.top1_agreement == 1
     with pytest.raises(UserError, match="53 and 59"):
         d.compare_models(dense, tiny(0, 59), windows)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu(logits):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    for name in NAMES:
+        values = []
+        for device in ("cpu", "cuda"):
+            teacher, student = (x.detach().to(device) for x in logits)
+            student.requires_grad_()
+            value = measure(name)(teacher, student, chunk=5)
+            value.backward()
+            values.append((value.item(), student.grad.cpu()))
+        assert values[0][0] == pytest.approx(values[1][0], rel=1e-5)
+        torch.testing.assert_close(values[0][1], values[1][1], rtol=1e-4, atol=1e-6)

@@ -65,3 +65,17 @@ def test_missing_vllm_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     with pytest.raises(UserError, match="pip install"):
         speed.measure_vllm(tmp_path)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2
+    )
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    result = speed.measure(model, batch_size=2, prompt=64, new=8, repeats=2)
+    whole = sum(p.numel() * 2 for p in model.parameters())
+    assert whole < result.peak_memory_bytes < 100 * whole
+    assert result.device == "cuda:0" and result.copy_gb_s > 50

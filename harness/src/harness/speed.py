@@ -146,6 +146,7 @@ def measure_vllm(
     # In this process: the start is quicker, and no second one outlives an interruption.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         from vllm import LLM, SamplingParams
     except ImportError:
