@@ -49,6 +49,9 @@ def test_equals_the_transformers_loop(monkeypatch):
 def test_streamed_logits_give_the_same():
     model = tiny_llama()
     windows = torch.randint(0, 97, (3, 16))
+    stream = ppl.model_logits(model, windows, 2)
+    next(stream)
+    assert torch.is_grad_enabled()  # a half-read stream leaves the caller's mode alone
     streamed = ppl.perplexity_of_logits(ppl.model_logits(model, windows, 2), windows)
     assert streamed.value == pytest.approx(ppl.perplexity(model, windows).value, rel=1e-6)
 

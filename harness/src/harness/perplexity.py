@@ -67,7 +67,8 @@ def model_logits(model, windows: Tensor, batch_size: int = 1) -> Iterator[tuple[
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(model.device)
         with torch.no_grad():
-            yield start, model(input_ids=batch, use_cache=False).logits
+            logits = model(input_ids=batch, use_cache=False).logits
+        yield start, logits
 
 
 def nll_sum(logits: Tensor, targets: Tensor) -> float:
