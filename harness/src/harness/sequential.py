@@ -25,9 +25,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from harness import card, distributed, formats, writer
-from harness.decoder import Decoder, batches, check_window
+from harness.decoder import Decoder, batches
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight, check_group_size
+from harness.perplexity import window_length
 from harness.progress import track
 from harness.stages import PausedForwards, find_stages, get_matrix, linears, set_matrix
 
@@ -100,13 +101,11 @@ def compress(
     source = decoder.weights.folder
     conv1d = any(isinstance(m, Conv1D) for m in linears(decoder.blocks[0]).values())
     if method.layout != "dense":
-        quantization = formats.quantization_config(
-            method.grid, method.layout, method.actorder, []
-        )
+        quantization = formats.quantization_config(method.grid, method.layout, method.actorder, [])
     identity = {"base": base, "method": method.name, "layout": method.layout, **method.settings}
     identity |= {"dtype": str(decoder.dtype), "true_sequential": method.true_sequential}
     if windows is not None:
-        check_window(windows.shape[1], decoder.config)
+        window_length(decoder.config, windows.shape[1])
         if int(windows.max()) >= decoder.config.vocab_size:
             raise UserError(
                 f"the tokenizer gives token {int(windows.max())}, the model knows "
@@ -115,9 +114,7 @@ def compress(
 
     def open_writer(lead=True):
         mark = writer.fingerprint(source, windows, identity) if lead else {}
-        return writer.Writer(
-            out, len(decoder), mark, overwrite=overwrite, resume=resume, lead=lead
-        )
+        return writer.Writer(out, len(decoder), mark, overwrite=overwrite, resume=resume, lead=lead)
 
     shards = None
 
@@ -148,9 +145,18 @@ def compress(
             done = {row["name"] for row in rows}
             names = (n for n, m in decoder.model.named_modules() if isinstance(m, torch.nn.Linear))
             quantization["ignore"] = sorted(set(names) - done)
+            if conv1d:
+                # By name, not as "Linear": transformers, which has no packed Conv1D, then refuses
+                # the checkpoint, where it would fill it with random weights and a warning.
+                quantization["config_groups"]["group_0"]["targets"] = sorted(done)
         config = writer.config_for(source, decoder.dtype, quantization, conv1d)
-        step = {"method": method.name, "base": base, "command": command,
-                "settings": method.settings, "calibration": calibration}
+        step = {
+            "method": method.name,
+            "base": base,
+            "command": command,
+            "settings": method.settings,
+            "calibration": calibration,
+        }
         writer.copy_side_files(source, shards.partial)
         outer = decoder.outer_tensors()
         written = sum(writer.tensor_bytes(shards.shard(1 + i)) for i in range(len(decoder)))
@@ -159,11 +165,15 @@ def compress(
             "bits per weight in the blocks, all tensors counted": 8 * written / max(weights, 1),
             "MB on disk": (written + sum(t.nbytes for t in outer.values())) / 1e6,
         }
-        shards.finish(outer, config, {
-            "recipe.yaml": card.recipe(source, step),
-            "README.md": card.model_card(base, step, method.layout, method.grid, sizes, conv1d),
-            LOG: json.dumps({**step, "layers": rows}, indent=1) + "\n",
-        })
+        shards.finish(
+            outer,
+            config,
+            {
+                "recipe.yaml": card.recipe(source, step),
+                "README.md": card.model_card(base, step, method.layout, method.grid, sizes, conv1d),
+                LOG: json.dumps({**step, "layers": rows}, indent=1) + "\n",
+            },
+        )
 
     distributed.lead(end)
     return rows
