@@ -5,11 +5,11 @@
     python benchmarks/gptq_pass.py --device cuda        one block of a 7B shape, kernel against loop
 
 The textbook order keeps a Hessian per linear, updates it sample by sample with full products,
-factors it by Cholesky, inverse and Cholesky, walks the columns one by one with rank-1 updates inside
-blocks of 128, and runs every block twice over the calibration set. "floor" is what no layer-wise
+factors it by Cholesky, inverse and Cholesky, walks the columns one by one with rank-1 updates
+inside blocks of 128, and runs every block twice over the calibration set. "floor" is what no layer-wise
 method can do without: one forward of the calibration set and one symmetric product per stage.
-Every contestant runs in a process of its own. Errors are |(W - Q) X|² / |W X|² of every linear on the
-dense model's own inputs, measured afterwards in the same way for both results.
+Every contestant runs in a process of its own. Errors are |(W - Q) X|² / |W X|² of every linear on
+the dense model's own inputs, measured afterwards in the same way for both results.
 """
 
 import argparse
@@ -62,12 +62,12 @@ def measure(function) -> dict:
 
 def run_ours(folder: Path, out: Path, args) -> None:
     import torch
-
     from gptq.quantize import _gptq_update
-    from harness import sequential
     from harness.decoder import Decoder
     from harness.grid import Grid
     from harness.hessian import Hessian
+
+    from harness import sequential
 
     grid = Grid(**GRID)
     decoder = Decoder(folder, device=args.device)
@@ -84,7 +84,6 @@ def run_ours(folder: Path, out: Path, args) -> None:
 def run_floor(folder: Path, args) -> dict:
     """One forward, and the symmetric products of every stage; timed apart."""
     import torch
-
     from harness.decoder import Decoder, batches
     from harness.hessian import Hessian
     from harness.stages import find_stages
@@ -95,7 +94,7 @@ def run_floor(folder: Path, args) -> dict:
     hidden = [decoder.embed(p) for p in parts]
     for index in range(len(decoder)):
         block = decoder.load(index)
-        stages = find_stages(block, lambda i=index: decoder.forward(i, hidden[0]))
+        stages = find_stages(block, lambda i=index, h=hidden[0]: decoder.forward(i, h))
         start = time.process_time()
         hidden = [decoder.forward(index, h) for h in hidden]
         forward += time.process_time() - start
@@ -113,10 +112,9 @@ def run_floor(folder: Path, args) -> dict:
 
 def run_textbook(folder: Path, out: Path, args) -> None:
     import torch
-    from safetensors.torch import save_file
-
     from harness.decoder import Decoder
     from harness.stages import linears
+    from safetensors.torch import save_file
 
     decoder = Decoder(folder)
     windows = windows_of(args)
@@ -139,8 +137,8 @@ def run_textbook(folder: Path, out: Path, args) -> None:
         hooks = [m.register_forward_pre_hook(collect(n)) for n, m in linears(block).items()]
         for h in hidden:
             decoder.forward(index, h)
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
         for name, module in linears(block).items():
             weight = textbook_solver(module.weight.data.float(), moments.pop(name)[0])
             module.weight.data.copy_(weight)
@@ -182,11 +180,10 @@ def textbook_solver(weight, hessian):
 def compare_errors(folder: Path, outs: dict[str, Path], args) -> dict[str, dict[str, float]]:
     """Relative output error per kind of linear and result, on the dense model's own inputs."""
     import torch
-    from safetensors.torch import load_file
-
     from harness.checkpoint import Weights
     from harness.decoder import Decoder
     from harness.stages import linears
+    from safetensors.torch import load_file
 
     decoder = Decoder(folder)
     read = {}
@@ -218,9 +215,8 @@ def compare_errors(folder: Path, outs: dict[str, Path], args) -> dict[str, dict[
 
 def cuda_report(folder: Path, args) -> None:
     """Seconds per block, Triton loop against torch loop, share of the GPU's matmul peak."""
-    import torch
-
     import gptq.solver
+    import torch
     from gptq.kernel import triton_loop
     from harness.grid import Grid
     from harness.hessian import Hessian, inverse_factor
@@ -289,11 +285,11 @@ def main() -> None:
 
     torch.set_grad_enabled(False)
     if args.run:
-        import compressed_tensors.compressors.pack_quantized.helpers
-        import transformers  # imports are not what is measured
-
-        import gptq.quantize
+        # imports are not what is measured
+        import compressed_tensors.compressors.pack_quantized.helpers  # noqa: F401
+        import gptq.quantize  # noqa: F401
         import harness.sequential  # noqa: F401
+        import transformers  # noqa: F401
 
         torch.set_num_threads(args.threads)
         folder = Path(args.folder)
@@ -315,23 +311,39 @@ def main() -> None:
             return
         rows = {}
         for who in ("textbook", "ours", "ours, plain order", "floor"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--run", who, "--folder", str(folder)]
+            command = [
+                sys.executable,
+                __file__,
+                *sys.argv[1:],
+                "--run",
+                who,
+                "--folder",
+                str(folder),
+            ]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
             rows[who] = json.loads(done.stdout.splitlines()[-1])
             print(f"{who}: {rows[who]['cpu_s']:.1f} CPU seconds", file=sys.stderr)
         outs = {who: Path(scratch) / who for who in rows if who != "floor"}
         errors = compare_errors(folder, outs, args)
-        print(f"hidden {args.hidden}, MLP {args.mlp}, {args.blocks} blocks, {args.nsamples} windows of "
-              f"{args.seqlen}, {args.dtype}, {args.threads} thread(s), w4 g128 symmetric")
+        print(
+            f"hidden {args.hidden}, MLP {args.mlp}, {args.blocks} blocks, {args.nsamples} windows "
+            f"of {args.seqlen}, {args.dtype}, {args.threads} thread(s), w4 g128 symmetric"
+        )
         print("| | CPU s | wall s | peak MB | mean error |\n| --- | ---: | ---: | ---: | ---: |")
         for who, row in rows.items():
-            mean = sum(e[who] for e in errors.values()) / len(errors) if who in outs else float("nan")
+            mean = (
+                sum(e[who] for e in errors.values()) / len(errors) if who in outs else float("nan")
+            )
             wall = "" if who == "floor" else f"{row['wall_s']:.1f}"
             error = "" if who == "floor" else f"{mean:.5f}"
             print(f"| {who} | {row['cpu_s']:.1f} | {wall} | {row['peak_mb']:.0f} | {error} |")
         floor = rows["floor"]
-        print(f"floor: forward {floor['forward_cpu_s']:.1f} s + products {floor['products_cpu_s']:.1f} s")
-        print(f"textbook / ours: {rows['textbook']['cpu_s'] / rows['ours']['cpu_s']:.2f} times less CPU")
+        print(
+            f"floor: forward {floor['forward_cpu_s']:.1f} s, "
+            f"products {floor['products_cpu_s']:.1f} s"
+        )
+        less = rows["textbook"]["cpu_s"] / rows["ours"]["cpu_s"]
+        print(f"textbook / ours: {less:.2f} times less CPU")
         print(f"ours / floor: {rows['ours']['cpu_s'] / floor['cpu_s']:.2f}")
         print("| linear | " + " | ".join(outs) + " |\n| --- |" + " ---: |" * len(outs))
         for name, row in errors.items():

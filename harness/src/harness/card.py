@@ -9,11 +9,19 @@ import yaml
 
 from harness import __version__
 
-ENGINES = {
-    "dense": "transformers, vLLM, and everything else that reads Hugging Face checkpoints",
-    "compressed-tensors": "transformers (with compressed-tensors installed), the harness",
-    "gptq": "vLLM and GPTQModel kernels where they know the width, the harness",
-}
+
+def readers(layout: str, grid, conv1d: bool) -> str:
+    """What loads a checkpoint stored in ``layout`` on ``grid`` (checked by the tests and by the
+    vLLM session)."""
+    if layout == "dense":
+        return "transformers, vLLM, and everything else that reads Hugging Face checkpoints"
+    if conv1d:
+        return "the harness only (transformers has no packed form of GPT-2's Conv1D)"
+    kernels = grid.bits in (4, 8)
+    if layout == "gptq":
+        served = "vLLM, " if kernels and grid.symmetric else ""
+        return served + "GPTQModel where its kernels know the width, the harness"
+    return ("vLLM, " if kernels else "") + "transformers with compressed-tensors, the harness"
 
 
 def command_line() -> str:
@@ -21,7 +29,11 @@ def command_line() -> str:
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         words = ["python", "-m", program.parent.name]
-    elif program.suffix == ".py" and program.parent.name and (program.parent / "__init__.py").exists():
+    elif (
+        program.suffix == ".py"
+        and program.parent.name
+        and (program.parent / "__init__.py").exists()
+    ):
         words = ["python", "-m", f"{program.parent.name}.{program.stem}"]
     else:
         words = [program.name]
@@ -39,13 +51,6 @@ def model_card(
     base: str, step: dict, layout: str, grid, sizes: dict[str, float], conv1d: bool
 ) -> str:
     """README.md of a result. ``sizes``: label -> megabytes or bits per weight."""
-    engines = ENGINES[layout]
-    if layout == "compressed-tensors" and grid.bits in (4, 8):
-        engines = "vLLM, " + engines
-    if conv1d and layout != "dense":
-        engines = "the harness only (transformers has no packed form of GPT-2's Conv1D)"
-    if layout == "gptq" and (grid.bits not in (4, 8) or not grid.symmetric):
-        engines = "the harness, GPTQModel kernels where they know the width"
     data = step.get("calibration") or {}
     calibration = (
         f"{data['nsamples']} windows of {data['seqlen']} tokens of `{data['dataset']}`, "
@@ -71,7 +76,7 @@ Made from `{base}` with
 | --- | --- |
 | calibration | {calibration} |
 | stored as | {layout} |
-| read by | {engines} |
+| read by | {readers(layout, grid, conv1d)} |
 {size_lines}
 {settings}
 

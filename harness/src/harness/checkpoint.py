@@ -58,8 +58,23 @@ def _download(model: str, hint: str) -> Path:
     return folder
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file is missing, broken, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; it is damaged, get another copy.")
+    return value
+
+
 def load_config(folder: Path):
-    """The model's transformers config, as a :class:`UserError` where transformers cannot read it."""
+    """The model's transformers config; :class:`UserError` where transformers cannot read it."""
     from transformers import AutoConfig
 
     try:
@@ -86,7 +101,7 @@ class Weights:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = json.loads((folder / "config.json").read_text())
+        self.config = read_json(folder / "config.json")
         self.quantization = self.config.get("quantization_config")
         self.layout = formats.layout_of(self.quantization)
         if self.layout == "other":
@@ -101,14 +116,16 @@ class Weights:
         for stem in ("model.safetensors", "pytorch_model.bin"):
             index = self.folder / f"{stem}.index.json"
             if index.is_file():
-                where = json.loads(index.read_text())["weight_map"]
+                where = read_json(index).get("weight_map", {})
                 missing = {f for f in where.values() if not (self.folder / f).is_file()}
                 if missing:
                     raise UserError(f"{index} names {min(missing)}, which is not there.")
                 return where
             if (self.folder / stem).is_file():
                 return dict.fromkeys(self._open(stem).keys(), stem)
-        raise UserError(f"{self.folder} holds no model.safetensors (or its index); nothing to load.")
+        raise UserError(
+            f"{self.folder} holds no model.safetensors (or its index); nothing to load."
+        )
 
     def files(self) -> list[str]:
         """Names of the weight files."""
@@ -134,8 +151,8 @@ class Weights:
         """A tensor exactly as the file holds it (physical name), on the CPU."""
         file = self._where[name]
         try:
-            # A copy: the library's tensor is a window on the mapped file, shared by every reading of
-            # it, so that a weight changed in place would be changed for the next reader too, and
+            # A copy: the library's tensor is a window on the mapped file, shared by every reading
+            # of it, so that a weight changed in place would be changed for the next reader too, and
             # stay in memory for as long as the file is open.
             if file.endswith(".safetensors"):
                 return _open_file(self.folder / file).get_tensor(name).clone()
@@ -179,7 +196,10 @@ def _open_file(path: Path):
 
     import torch
 
-    print(f"reading {path.name} (no safetensors there) with torch's weights-only loader", file=sys.stderr)
+    print(
+        f"reading {path.name} (no safetensors there) with torch's weights-only loader",
+        file=sys.stderr,
+    )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError):
@@ -209,7 +229,7 @@ def load_model(
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         load: "nf4", "nf4-dq" (double quantization) or "int8": quantize on load with bitsandbytes.
     """
-    import torch
+
     folder = resolve(model)
     config = load_config(folder)
     weights = Weights(folder)
@@ -242,8 +262,8 @@ def _check_complete(folder: Path, report: dict) -> None:
     missing = report["missing_keys"]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} tensors that config.json asks for, {min(missing)} among "
-            "them; the checkpoint is incomplete."
+            f"{folder} lacks {len(missing)} tensors that config.json asks for, {min(missing)} "
+            "among them; the checkpoint is incomplete."
         )
 
 
@@ -265,7 +285,9 @@ def load_dense(folder: Path, dtype):
 
 def _load_bitsandbytes(folder: Path, load: str, dtype, device: str, weights: Weights):
     if weights.layout != "dense":
-        raise UserError(f"{folder} is already quantized ({weights.layout}); --load needs a dense one.")
+        raise UserError(
+            f"{folder} is already quantized ({weights.layout}); --load needs a dense one."
+        )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -308,7 +330,7 @@ def parse_dtype(name: str):
 
 
 def pick_device(device: str) -> str:
-    """"auto" -> "cuda" where there is one, else "cpu"; anything else is checked and kept."""
+    """ "auto" -> "cuda" where there is one, else "cpu"; anything else is checked and kept."""
     import torch
 
     if device == "auto":

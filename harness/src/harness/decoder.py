@@ -17,6 +17,7 @@ from torch import nn
 
 from harness import checkpoint
 from harness.errors import UserError
+from harness.perplexity import window_length
 from harness.stages import linears
 
 TOKENS_PER_BATCH = 4096
@@ -48,7 +49,6 @@ class Decoder:
         blocks: the blocks, on the meta device except while loaded.
         prefix: their name in the model, "model.layers" for LLaMA.
         weights: the checkpoint's tensors (:class:`harness.checkpoint.Weights`).
-        context: the model's longest window in tokens, or None if its config does not say.
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None):
@@ -60,7 +60,6 @@ class Decoder:
         vars(self.config).pop("quantization_config", None)
         self.device = torch.device(device)
         self.dtype = dtype or self.weights.dtype
-        self.context = context_length(self.config)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
         self.prefix, self.blocks = find_blocks(self.model)
@@ -96,7 +95,10 @@ class Decoder:
         """The whole model through transformers, for families whose files need its conversions
         (fused experts, renamed heads)."""
         folder = self.weights.folder
-        print(f"{folder} stores its tensors under other names than the model: loading it whole.", file=sys.stderr)
+        print(
+            f"{folder} stores its tensors under other names than the model: loading it whole.",
+            file=sys.stderr,
+        )
         return checkpoint.load_dense(folder, self.dtype).state_dict()
 
     def block_tensors(self, index: int) -> dict[str, torch.Tensor]:
@@ -162,7 +164,9 @@ class Decoder:
 
         self._run_outer(ids, [act(i) for i in range(len(self))])
         if len(seen) != len(self):
-            raise UserError(f"{type(self.model).__name__} does not call its blocks one after another.")
+            raise UserError(
+                f"{type(self.model).__name__} does not call its blocks one after another."
+            )
         arguments = [(args, kwargs) for _, args, kwargs in seen]
         known = self._arguments.setdefault(tuple(ids.shape), arguments)
         if not _same(known, arguments):
@@ -195,9 +199,7 @@ class Decoder:
         return self._run_outer(ids, [act(i) for i in range(len(self))])
 
     def _run_outer(self, ids, acts):
-        stand_ins = nn.ModuleList(
-            _StandIn(b, a) for b, a in zip(self.blocks, acts, strict=True)
-        )
+        stand_ins = nn.ModuleList(_StandIn(b, a) for b, a in zip(self.blocks, acts, strict=True))
         parent = self.model.get_submodule(self._parent)
         setattr(parent, self._attribute, stand_ins)
         try:
@@ -226,25 +228,6 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise UserError(f"{type(model).__name__} has no list of blocks with linear layers in them.")
 
 
-def context_length(config) -> int | None:
-    """The longest window a config allows, in tokens."""
-    for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def check_window(seqlen: int, config) -> None:
-    """Raise :class:`UserError` when windows of ``seqlen`` do not fit the model's context."""
-    context = context_length(config)
-    if context is not None and seqlen > context:
-        raise UserError(
-            f"windows of {seqlen} tokens are longer than the model's context of {context}; "
-            f"use --seqlen {context} or less."
-        )
-
-
 def batches(windows: torch.Tensor, batch_size: int | None = None) -> list[torch.Tensor]:
     """Windows [N, T] cut into batches [B, T], by default of about TOKENS_PER_BATCH tokens."""
     size = batch_size or max(1, TOKENS_PER_BATCH // windows.shape[1])
@@ -265,7 +248,7 @@ def stream_logits(
     Memory: one block, the hidden states of all windows [N, T, D], one batch of logits.
     """
     decoder = Decoder(checkpoint.resolve(model), device=device, dtype=dtype)
-    check_window(windows.shape[1], decoder.config)
+    window_length(decoder.config, windows.shape[1])
     parts = batches(windows, batch_size)
     hidden = [decoder.embed(part) for part in parts]
     for index in range(len(decoder)):
@@ -297,8 +280,8 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device, prefix: s
         current = module.get_buffer(name) if is_buffer else module.get_parameter(name)
         if current.shape != tensor.shape:
             raise UserError(
-                f"{full_name} has shape {list(tensor.shape)} in the checkpoint; config.json asks for "
-                f"{list(current.shape)}. The two do not belong together."
+                f"{full_name} has shape {list(tensor.shape)} in the checkpoint; config.json asks "
+                f"for {list(current.shape)}. The two do not belong together."
             )
         _put(module, name, tensor.to(device), buffer=is_buffer)
 

@@ -5,6 +5,7 @@ on CUDA. Every rank sees the same files; rank 0 alone writes.
 """
 
 import os
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,7 @@ def shares(count: int) -> list[slice]:
     """Contiguous slices of ``range(count)``, one per rank, as even as can be."""
     ranks = world_size()
     edges = [count * r // ranks for r in range(ranks + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def gather_rows(part: torch.Tensor, rows: int) -> torch.Tensor:

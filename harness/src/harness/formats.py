@@ -5,13 +5,14 @@ Legend: O out features, I in features, G groups per row.
 | format | tensors of one linear X |
 | --- | --- |
 | compressed-tensors | X.weight_packed int32 [O, ceil(I / (32 // bits))], X.weight_scale [O, G], |
-|                    | X.weight_shape int64 [2], asymmetric: X.weight_zero_point int32, packed along O |
+|                    | X.weight_shape int64 [2]; asymmetric: X.weight_zero_point int32, along O |
 | gptq               | X.qweight int32 [I * bits / 32, O], X.qzeros int32 [G, O * bits / 32], |
 |                    | X.scales float16 [G, O], X.g_idx int32 [I] |
 
-The first is packed by the compressed-tensors library itself. GPTQ's words hold a plain little-endian
-bit stream (3-bit values straddle words). Version 1 stores zero - 1; an asymmetric zero of 0 does not
-fit there, so asymmetric results are written as version 2, which stores the zero itself.
+The first is packed by the compressed-tensors library itself: 32 // bits values per word, so that 3
+bits take 3.2. GPTQ's words hold a plain little-endian bit stream (3-bit values straddle words).
+Version 1 stores zero - 1; an asymmetric zero of 0 does not fit there, so asymmetric results are
+written as version 2, which stores the zero itself.
 """
 
 import numpy as np
@@ -107,7 +108,7 @@ def grid_of(config: dict) -> Grid:
 
 
 def layout_of(config: dict | None) -> str:
-    """"dense", "compressed-tensors", "gptq", or "other" for what a third library must load."""
+    """ "dense", "compressed-tensors", "gptq", or "other" for what a third library must load."""
     if not config:
         return "dense"
     method = config.get("quant_method")

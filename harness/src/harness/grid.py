@@ -145,9 +145,7 @@ def nearest(weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype) -> Quant
     scale, zero = weight_scales(weight, grid, scale_dtype)
     grouped = weight.unflatten(1, (scale.shape[1], -1))
     codes = round_to_codes(grouped, scale[..., None], zero[..., None], grid.max_code).flatten(1)
-    return QuantizedWeight(
-        codes.to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8), grid
-    )
+    return QuantizedWeight(codes.to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8), grid)
 
 
 def check_group_size(columns: int, grid: Grid, names: list[str]) -> None:

@@ -93,9 +93,7 @@ def inverse_factor(
                 f"the Hessian of {name or 'a stage'} is not positive definite even with damping "
                 f"{percdamp} of its mean diagonal."
             )
-        log.warning(
-            "%s: Hessian not positive definite; damping %g -> %g", name, percdamp, raised
-        )
+        log.warning("%s: Hessian not positive definite; damping %g -> %g", name, percdamp, raised)
         percdamp = raised
 
 

@@ -59,15 +59,8 @@ def _readers(quantization: dict | None, conv1d: bool) -> str:
     layout = formats.layout_of(quantization)
     if layout == "other":
         return "transformers, with the library that made it"
-    if layout == "dense":
-        return card.ENGINES["dense"]
-    grid = formats.grid_of(quantization)
-    if conv1d:
-        return "the harness only (transformers has no packed form of GPT-2's Conv1D)"
-    if layout == "gptq":
-        served = grid.bits in (4, 8) and grid.symmetric
-        return "vLLM, GPTQModel, the harness" if served else "GPTQModel, the harness"
-    return ("vLLM, " if grid.bits in (4, 8) else "") + card.ENGINES[layout]
+    grid = None if layout == "dense" else formats.grid_of(quantization)
+    return card.readers(layout, grid, conv1d)
 
 
 def _recipe(folder: Path) -> list[tuple[str, str]]:

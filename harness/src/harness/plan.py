@@ -52,8 +52,8 @@ def print_plan(decoder, method: Method, out: str | Path, tokens: int) -> None:
     outer = sum(p.numel() for n, p in decoder.model.named_parameters() if decoder.prefix not in n)
     total_disk += outer * item / 1e6
     print(
-        f"in all: at most about {peak + outer * item / 1e9:.2f} GB of memory, {total_disk:.1f} MB of "
-        f"disk, {total_time / 60:.1f} minutes"
+        f"in all: at most about {peak + outer * item / 1e9:.2f} GB of memory, {total_disk:.1f} MB "
+        f"of disk, {total_time / 60:.1f} minutes"
     )
 
 

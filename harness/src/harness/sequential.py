@@ -71,6 +71,7 @@ class Method:
     actorder: bool = False
 
 
+@torch.no_grad()  # here, because forwards that pause inside it would leave it switched off behind
 def compress(
     decoder: Decoder,
     method: Method,
@@ -104,6 +105,7 @@ def compress(
         quantization = formats.quantization_config(method.grid, method.layout, method.actorder, [])
     identity = {"base": base, "method": method.name, "layout": method.layout, **method.settings}
     identity |= {"dtype": str(decoder.dtype), "true_sequential": method.true_sequential}
+    identity |= calibration or {}
     if windows is not None:
         window_length(decoder.config, windows.shape[1])
         if int(windows.max()) >= decoder.config.vocab_size:

@@ -21,8 +21,17 @@ from harness import __version__, checkpoint, formats
 from harness.errors import UserError
 
 VERSIONS = ("torch", "transformers", "compressed-tensors")
-SIDE_FILES = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja",
-              "special_tokens_map.json", "added_tokens.json", "recipe.yaml")
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "recipe.yaml",
+)
 
 
 def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> dict:
@@ -34,9 +43,9 @@ def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> d
     files = sorted([*checkpoint.Weights(folder).files(), "config.json"])
     data = "none" if windows is None else _sha(windows.contiguous().numpy().tobytes())
     return {
+        "settings": settings,
         "model": {name: _sample_hash(folder / name) for name in files},
         "calibration": data,
-        "settings": settings,
         "versions": {name: version(name) for name in VERSIONS} | {"harness": __version__},
     }
 
@@ -85,7 +94,7 @@ class Writer:
         identity = json.loads(json.dumps(identity))
         if not resume:
             self._forget()
-        if self.identity_file.is_file():
+        if self.identity_file.is_file() and self.partial.is_dir():
             self._compare(json.loads(self.identity_file.read_text()), identity)
         else:
             self._forget()
@@ -154,14 +163,14 @@ class Writer:
         write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
         for name, text in texts.items():
             write_text(self.partial / name, text)
-        old = self.out.with_name(self.out.name + ".old")
+        replaced = self.out.with_name(self.out.name + ".partial.replaced")
         if self.out.exists():
             check_out(self.out, self.overwrite)
-            os.replace(self.out, old)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(self.out, replaced)
         os.replace(self.partial, self.out)
         self.identity_file.unlink(missing_ok=True)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(replaced, ignore_errors=True)
         return self.out
 
 
@@ -211,8 +220,8 @@ def _disk_error(path: Path, error: Exception) -> Exception:
     if full or "No space left" in str(error) or "os error 28" in str(error):
         free = shutil.disk_usage(path.parent).free / 1e6
         return UserError(
-            f"the disk is full at {path.parent} ({free:.0f} MB free); free some space and repeat the "
-            "command, finished blocks are kept."
+            f"the disk is full at {path.parent} ({free:.0f} MB free); free some space and repeat "
+            "the command, finished blocks are kept."
         )
     return error
 
@@ -246,8 +255,11 @@ def decode_block(
     """Logical tensors of a stored block, as the model holds them: packed linears dequantized."""
     suffix = formats.SUFFIXES.get(layout)
     packed = {n.removesuffix(suffix) for n in tensors if n.endswith(suffix)} if suffix else set()
-    logical = {n: t for n, t in tensors.items()
-               if n.rpartition(".")[0] not in packed or n.endswith(".bias")}
+    logical = {
+        n: t
+        for n, t in tensors.items()
+        if n.rpartition(".")[0] not in packed or n.endswith(".bias")
+    }
     for name in packed:
         weight = formats.decode(tensors.__getitem__, name, layout, quantization)
         dense = weight.dequantize(dtype)

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from gptq.solver import act_order, solve
 from harness.grid import Grid, QuantizedWeight, find_scale_zero, round_to_codes, weight_scales
 from harness.hessian import inverse_factor
@@ -60,7 +59,9 @@ def run(weight, hessian, grid, *, by_diagonal=False, static=False):
     order = act_order(hessian.diagonal()) if by_diagonal else None
     permuted = hessian if order is None else hessian[order][:, order]
     factor, _ = inverse_factor(permuted, DAMPING)
-    result, loss = solve(weight, factor, grid, order=order, static_groups=static, dtype=weight.dtype)
+    result, loss = solve(
+        weight, factor, grid, order=order, static_groups=static, dtype=weight.dtype
+    )
     packed = isinstance(result, QuantizedWeight)
     return (result.dequantize(weight.dtype) if packed else result), loss, order, packed
 
@@ -155,7 +156,13 @@ def test_errors_are_those_of_the_stored_values():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("group", "by_diagonal", "static"),
-    [(-1, False, False), (128, False, False), (32, False, False), (128, True, True), (48, True, False)],
+    [
+        (-1, False, False),
+        (128, False, False),
+        (32, False, False),
+        (128, True, True),
+        (48, True, False),
+    ],
 )
 def test_triton_kernel_equals_torch_loop(dtype, group, by_diagonal, static):
     """Float32 on both sides; sums in another order flip a few codes, at equal error."""

@@ -1,4 +1,4 @@
-"""``python -m gptq MODEL DATASET --wbits 4 ...``: parse, then quantize, then (if asked) evaluate."""
+"""``python -m gptq MODEL DATASET --wbits 4 ...``: parse, quantize and, if asked, evaluate."""
 
 import argparse
 import sys
@@ -89,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
         help="print perplexities of the result (bare: wikitext2 ptb c4, as the original does)",
     )
     after.add_argument(
-        "--new-eval", action="store_true", help="with --eval: the original's newer ptb and c4 slices"
+        "--new-eval",
+        action="store_true",
+        help="with --eval: the original's newer ptb and c4 slices",
     )
     cli.add_shared_flags(p)
     return p
@@ -106,7 +108,9 @@ def _run(args: argparse.Namespace) -> None:
     from harness.errors import UserError
 
     if args.wbits == 16:
-        raise UserError("--wbits 16 quantizes nothing; for the baseline: harness eval MODEL --ppl ...")
+        raise UserError(
+            "--wbits 16 quantizes nothing; for the baseline: harness eval MODEL --ppl ..."
+        )
     out = args.out or f"{Path(args.model).name}-{'rtn' if args.nearest else 'gptq'}-w{args.wbits}"
 
     from gptq.quantize import quantize
@@ -148,11 +152,10 @@ def _print_table(rows: list[dict]) -> None:
 
 def _evaluate(out: str, datasets: list[str], args: argparse.Namespace) -> None:
     from harness import checkpoint, data, perplexity
-    from harness.decoder import context_length
 
     model = checkpoint.load_model(out, device=args.device, dtype=args.dtype)
     tokenizer = checkpoint.load_tokenizer(out)
-    seqlen = args.seqlen or min(context_length(model.config) or 2048, 2048)
+    seqlen = perplexity.window_length(model.config, args.seqlen)
     for name in datasets:
         windows = data.evaluation(tokenizer, name, seqlen=seqlen, new_eval=args.new_eval)
         value = perplexity.perplexity(model, windows).value

@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 import torch
-
-from gptq.solver import act_order, solve
-from harness import checkpoint, data, distributed, formats, sequential
-from harness.decoder import Decoder, check_window
+from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight, nearest
 from harness.hessian import Hessian, inverse_factor
+from harness.perplexity import window_length
+
+from gptq.solver import act_order, solve
+from harness import checkpoint, data, distributed, formats, sequential
 
 ROWS_FOR_NORM = 256
 
@@ -94,17 +95,16 @@ def quantize(
         }  # fmt: skip
         if dataset is None:
             raise UserError("no calibration dataset given; name one, or use --nearest.")
-        seqlen = seqlen or min(decoder.context or 2048, 2048)
-        check_window(seqlen, decoder.config)
+        seqlen = window_length(decoder.config, seqlen)
         calibration = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
         tokenizer = checkpoint.load_tokenizer(folder)
-        windows = data.calibration(
-            tokenizer, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed
-        )
+        windows = data.calibration(tokenizer, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)
         method.statistics = Hessian
         method.true_sequential = true_sequential
         method.actorder = act_order and (static_groups or not grouped)
-        method.update = _gptq_update(grid, format, decoder.dtype, percdamp, act_order, static_groups)
+        method.update = _gptq_update(
+            grid, format, decoder.dtype, percdamp, act_order, static_groups
+        )
     sequential.preflight(decoder, method)
     if dry_run:
         from harness.plan import print_plan
@@ -188,6 +188,8 @@ def _rows(result, rows: slice):
 def _gather(result, loss, rows: int):
     loss = distributed.gather_rows(loss, rows)
     if isinstance(result, QuantizedWeight):
-        parts = (distributed.gather_rows(t, rows) for t in (result.codes, result.scale, result.zero))
+        parts = (
+            distributed.gather_rows(t, rows) for t in (result.codes, result.scale, result.zero)
+        )
         return QuantizedWeight(*parts, result.grid), loss
     return distributed.gather_rows(result, rows), loss

@@ -15,7 +15,6 @@ where launches would dominate, a block of columns is one Triton kernel (kernel.p
 from collections.abc import Iterator
 
 import torch
-
 from harness.grid import Grid, QuantizedWeight, find_scale_zero, round_to_codes, weight_scales
 
 OUTER, INNER = 128, 32
@@ -101,7 +100,10 @@ def solve(
             return picked[:, back].to(dtype), loss
         codes = codes[:, back]
     quantized = QuantizedWeight(
-        codes.contiguous(), scale.to(scale_dtype).contiguous(), zero.to(torch.uint8).contiguous(), grid
+        codes.contiguous(),
+        scale.to(scale_dtype).contiguous(),
+        zero.to(torch.uint8).contiguous(),
+        grid,
     )
     return quantized, loss
 
