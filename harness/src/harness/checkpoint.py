@@ -67,20 +67,37 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; it is damaged, get another copy.")
     return value
 
 
 def load_config(folder: Path):
-    """The model's transformers config; :class:`UserError` where transformers cannot read it."""
-    from transformers import AutoConfig
+    """The model's transformers config.
+
+    Raises:
+        UserError: transformers cannot read it, or it is not of a decoder-only causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {_first_line(error)}") from error
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # the file's values run through the family's own checks
+        raise UserError(f"{folder}/config.json cannot be read: {one_line(error)}") from error
+    # BERT's relatives are in the mapping for the sake of their decoders; GPT-NeoX, a decoder,
+    # has their is_decoder flag and leaves it off.
+    names = config.architectures or ["ForCausalLM"]
+    encoder = getattr(config, "is_decoder", None) is False and not any(
+        "CausalLM" in name or "LMHead" in name for name in names
+    )
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if encoder or config.is_encoder_decoder or not known:
+        raise UserError(
+            f"{folder} is a {config.model_type} model ({', '.join(names)}); expected a "
+            "decoder-only causal language model."
+        )
+    return config
 
 
 def load_tokenizer(model: str | Path):
@@ -89,8 +106,12 @@ def load_tokenizer(model: str | Path):
     folder = resolve(model)
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise UserError(f"no usable tokenizer in {folder}: {_first_line(error)}") from error
+    except Exception as error:  # whatever the file's contents lead to
+        if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+            raise UserError(
+                f"{folder} holds no tokenizer (tokenizer.json); copy the model's own there."
+            ) from error
+        raise UserError(f"no usable tokenizer in {folder}: {one_line(error)}") from error
 
 
 class Weights:
@@ -147,8 +168,18 @@ class Weights:
         plain = {n for n in self._where if n.rpartition(".")[0] not in packed or n.endswith("bias")}
         return plain | {f"{n}.weight" for n in packed}
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor by logical name, from the file's header; None for packed ones."""
+        if name not in self._where:
+            return None
+        opened = self._open(self._where[name])
+        tensor = opened[name] if isinstance(opened, dict) else opened.get_slice(name)
+        return tuple(tensor.shape if isinstance(opened, dict) else tensor.get_shape())
+
     def stored(self, name: str):
         """A tensor exactly as the file holds it (physical name), on the CPU."""
+        if name not in self._where:
+            raise UserError(f"{self.folder} lacks tensor {name}; the checkpoint is incomplete.")
         file = self._where[name]
         try:
             # A copy: the library's tensor is a window on the mapped file, shared by every reading
@@ -213,7 +244,7 @@ def _open_file(path: Path):
 
 def _corrupt(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path} is corrupt or truncated ({_first_line(error)}); download or copy it again."
+        f"{path} is corrupt or truncated ({one_line(error)}); download or copy it again."
     )
 
 
@@ -277,8 +308,8 @@ def load_dense(folder: Path, dtype):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # transformers over the user's files
+        raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
     _check_complete(folder, report)
     return model
 
@@ -344,5 +375,9 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: Exception) -> str:
+    """An exception of another library as the end of a one-line message."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 240 else text[:240] + " ..."

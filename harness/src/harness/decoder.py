@@ -60,8 +60,15 @@ class Decoder:
         vars(self.config).pop("quantization_config", None)
         self.device = torch.device(device)
         self.dtype = dtype or self.weights.dtype
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        except Exception as error:  # the family's own code over the file's values
+            raise UserError(
+                f"{folder}/config.json describes no model that transformers can build: "
+                f"{checkpoint.one_line(error)}"
+            ) from error
+        self.model = model.eval()
         self.prefix, self.blocks = find_blocks(self.model)
         self._parent, _, self._attribute = self.prefix.rpartition(".")
         self._tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -82,12 +89,15 @@ class Decoder:
         base = f"{self.model.base_model_prefix}."
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         stored = {}
-        for name in self.model.state_dict():
+        for name, tensor in self.model.state_dict().items():
             spellings = (name, name.removeprefix(base), base + name)
             found = next((s for s in spellings if s in self.weights.names), None)
             if found:
                 stored[name] = found
+                _check_shape(name, self.weights.shape(found), tensor.shape)
             elif name in parameters and name not in self._tied:
+                if self.weights.layout != "dense":
+                    self.weights.stored(name)  # says that it is missing
                 return {}
         return stored
 
@@ -278,12 +288,16 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device, prefix: s
         name = full_name.removeprefix(prefix)
         is_buffer = name not in dict(module.named_parameters(remove_duplicate=False))
         current = module.get_buffer(name) if is_buffer else module.get_parameter(name)
-        if current.shape != tensor.shape:
-            raise UserError(
-                f"{full_name} has shape {list(tensor.shape)} in the checkpoint; config.json asks "
-                f"for {list(current.shape)}. The two do not belong together."
-            )
+        _check_shape(full_name, tensor.shape, current.shape)
         _put(module, name, tensor.to(device), buffer=is_buffer)
+
+
+def _check_shape(name: str, stored: tuple[int, ...] | None, wanted: torch.Size) -> None:
+    if stored is not None and tuple(stored) != tuple(wanted):
+        raise UserError(
+            f"{name} has shape {list(stored)} in the checkpoint; config.json asks for "
+            f"{list(wanted)}. The two do not belong together."
+        )
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor, buffer: bool = False) -> None:

@@ -94,7 +94,7 @@ class Writer:
         identity = json.loads(json.dumps(identity))
         if not resume:
             self._forget()
-        if self.identity_file.is_file() and self.partial.is_dir():
+        if self.identity_file.is_file() and any(self.partial.glob("model-*.safetensors")):
             self._compare(json.loads(self.identity_file.read_text()), identity)
         else:
             self._forget()
@@ -234,7 +234,7 @@ def tensor_bytes(path: Path) -> int:
 
 def config_for(folder: Path, dtype: torch.dtype, quantization: dict | None, conv1d: bool) -> dict:
     """The source's config.json with dtype and quantization_config of the result."""
-    config = json.loads((folder / "config.json").read_text())
+    config = checkpoint.read_json(folder / "config.json")
     config.pop("torch_dtype", None)
     config.pop("quantization_config", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
