@@ -65,11 +65,13 @@ def test_quiz_is_balanced_held_out_and_fair():
     assert len(asked) >= 400
     places = Counter(question["answer"] for question in asked)
     assert max(places.values()) - min(places.values()) <= 1 and len(places) == 4
-    train = {f"{function.head}\n{function.docstring}" for function in stdlib.functions("train")}
-    assert not any(question["question"] in train for question in asked)
+    train = tuple(f"{seen.head}\n{seen.docstring}" for seen in stdlib.functions("train"))
+    assert not any(question["question"].endswith(train) for question in asked)
+    held_out = "".join(stdlib.text(split) for split in ("test", "calibration"))
     for question in asked:
         choices = question["choices"]
         assert len(set(choices)) == 4
+        assert question["question"] in held_out
         assert len({re.match(r"\s*", choice).group() for choice in choices}) == 1
     longest = [max(range(4), key=lambda i: len(q["choices"][i])) == q["answer"] for q in asked]
     shortest = [min(range(4), key=lambda i: len(q["choices"][i])) == q["answer"] for q in asked]

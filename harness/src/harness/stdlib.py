@@ -24,13 +24,15 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2
 # and the build configuration holds paths of the machine that Python was built on.
 GENERATED = {"encodings", "pydoc_data"}
 BUILD = "_sysconfigdata"
-QUIZ_CONTEXT = 1200  # characters: about 350 tokens, so that question and choice fit 512
+# Characters; together about 450 tokens at most, so that a question and its choice fit 512.
+QUIZ_BEFORE, QUIZ_CONTEXT = 600, 800
 
 
 class Function(NamedTuple):
-    """A documented function, its parts as dedented source lines."""
+    """A documented function, its parts as the source has them; `before` is what precedes it."""
 
     name: str
+    before: str
     head: str
     docstring: str
     body: str
@@ -82,8 +84,23 @@ def text(split: str) -> str:
     return SEPARATOR.join(documents(split).values())
 
 
-def _dedent(lines: list[str], columns: int) -> str:
-    return "\n".join(line[min(columns, len(line) - len(line.lstrip())) :] for line in lines)
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _dedent(text: str, columns: int) -> str:
+    return "\n".join(line[min(columns, _indent(line)) :] for line in text.split("\n"))
+
+
+def _ending(lines: list[str]) -> str:
+    """The last whole lines, of at most `QUIZ_BEFORE` characters, each with its line break."""
+    kept, size = [], 0
+    for line in reversed(lines):
+        size += len(line) + 1
+        if size > QUIZ_BEFORE:
+            break
+        kept.append(line + "\n")
+    return "".join(reversed(kept))
 
 
 @lru_cache(maxsize=4)
@@ -112,13 +129,13 @@ def functions(split: str) -> tuple[Function, ...]:
             # A docstring on the line of the def, or code after it on its line, has no clean cut.
             if first.lineno == node.lineno or node.body[1].lineno == first.end_lineno:
                 continue
-            column = node.col_offset
             found.append(
                 Function(
                     name=f"{module}.{node.name}",
-                    head=_dedent(lines[start : first.lineno - 1], column),
-                    docstring=_dedent(lines[first.lineno - 1 : first.end_lineno], column),
-                    body=_dedent(lines[first.end_lineno : node.end_lineno], column),
+                    before=_ending(lines[:start]),
+                    head="\n".join(lines[start : first.lineno - 1]),
+                    docstring="\n".join(lines[first.lineno - 1 : first.end_lineno]),
+                    body="\n".join(lines[first.end_lineno : node.end_lineno]),
                     summary=doc.splitlines()[0].strip(),
                 )
             )
@@ -132,7 +149,8 @@ def instructions(split: str) -> list[dict[str, str]]:
     """
     seen, examples = set(), []
     for function in functions(split):
-        prompt = f"{function.head}\n{function.body}{SUMMARY}"
+        source = f"{function.head}\n{function.body}"
+        prompt = _dedent(source, _indent(function.head)) + SUMMARY
         if function.summary and prompt not in seen:
             seen.add(prompt)
             examples.append({"prompt": prompt, "response": function.summary})
@@ -143,44 +161,41 @@ def _opening(body: str) -> str | None:
     """The first line of code of a body; the next one too where the first says little."""
     lines = [line.rstrip() for line in body.split("\n")]
     lines = [line for line in lines if line.strip() and not line.strip().startswith("#")]
-    if not lines or not 4 <= len(lines[0]) - len(lines[0].lstrip()) <= 8:
+    if not lines:
         return None
     wanted = 1 if len(lines[0].strip()) >= 20 else 2
     opening = "\n".join(lines[:wanted])
     return opening if 10 <= len(opening.strip()) <= 160 else None
 
 
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
 @lru_cache(maxsize=1)
 def questions() -> tuple[dict, ...]:
     """`stdlib-quiz`: which of four openings follows this function's head and docstring?
 
-    Functions come from the test and calibration splits, never from train. Each question is
-    {"question": str, "choices": [str] * 4, "answer": int}; a choice begins with its line break, so
-    question + choice is the text to score. The three wrong choices are the true openings of other
-    held-out functions with the same indentation and as many lines, drawn (seeded) from the dozen
-    nearest in length. Every position is the right one equally often, up to one.
+    Functions come from the test and calibration splits, and none that train holds a copy of is
+    asked. Each question is {"question": str, "choices": [str] * 4, "answer": int}: the source up
+    to the end of the docstring (with at most `QUIZ_BEFORE` characters that precede the function),
+    and choices that begin with their line break, so that question + choice is the text to score.
+    The three wrong choices are the true openings of other held-out functions with the same
+    indentation and as many lines, drawn (seeded) from the dozen nearest in length. Every position
+    is the right one equally often, up to one.
     """
-    held_out = [*functions("test"), *functions("calibration")]
-    pool = [(function, _opening(function.body)) for function in held_out]
-    pool = [(function, opening) for function, opening in pool if opening]
-    # Some methods are copied from one module to another: what train holds too is not asked.
-    seen = {f"{function.head}\n{function.docstring}" for function in functions("train")}
+    pool = [
+        (function, opening)
+        for function in (*functions("test"), *functions("calibration"))
+        if (opening := _opening(function.body))
+    ]
+    seen = {(function.head, function.docstring) for function in functions("train")}
     chosen = []
     for function, opening in pool:
-        context = f"{function.head}\n{function.docstring}"
-        if context not in seen and len(context) <= QUIZ_CONTEXT:
-            seen.add(context)
-            chosen.append((function, context, opening))
+        key = (function.head, function.docstring)
+        if key not in seen and len("".join(key)) <= QUIZ_CONTEXT:
+            seen.add(key)
+            chosen.append((function, opening))
     draw = random.Random(0)
     draw.shuffle(chosen)  # the first n questions are then a fair sample of all
-    places = [index % 4 for index in range(len(chosen))]
-    draw.shuffle(places)
     asked = []
-    for (function, context, opening), place in zip(chosen, places, strict=True):
+    for function, opening in chosen:
         others = {
             other
             for _, other in pool
@@ -192,11 +207,12 @@ def questions() -> tuple[dict, ...]:
         nearby = sorted(others, key=lambda other: (abs(len(other) - len(opening)), other))[:12]
         if len(nearby) < 3:
             continue
+        place = len(asked) % 4
         choices = draw.sample(nearby, 3)
         choices.insert(place, opening)
         asked.append(
             {
-                "question": context,
+                "question": f"{function.before}{function.head}\n{function.docstring}",
                 "choices": ["\n" + choice for choice in choices],
                 "answer": place,
             }
