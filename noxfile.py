@@ -17,6 +17,8 @@ nox.options.sessions = ["lint", "harness", "gptq", "house", "vllm"]
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
 CPU_TORCH = "2.13.0+cpu"
+# Not in constraints.txt: a CUDA build of torch pins its own.
+TRITON = "triton==3.7.1"
 
 
 def install(session: nox.Session, *packages: str) -> None:
@@ -49,8 +51,10 @@ def harness(session: nox.Session) -> None:
 
 @nox.session
 def gptq(session: nox.Session) -> None:
-    """Tests of GPTQ."""
+    """Tests of GPTQ; Triton's interpreter stands in for a GPU."""
     install(session, "./packages/gptq[test]")
+    if sys.platform == "linux":
+        session.install(TRITON)
     run_pytest(session, "packages/gptq/tests")
 
 
