@@ -11,5 +11,8 @@ def __getattr__(name: str):
     if name == "quantize":
         import importlib
 
-        return importlib.import_module("gptq.quantize").quantize
+        function = importlib.import_module("gptq.quantize").quantize
+        # The import has just bound the submodule of that name here; the function is meant.
+        globals()[name] = function
+        return function
     raise AttributeError(name)
