@@ -1,8 +1,8 @@
 """Write a checkpoint block by block: whole or not at all, and resumable after any kill.
 
 While a run is under way ``OUT.partial/`` holds finished shards under their final names, and
-``OUT.partial.json`` says what run they belong to. At the end the folder is renamed to ``OUT``.
-One shard holds what lies outside the blocks, then comes one shard per block.
+``OUT.partial.json`` says what run they belong to and holds their log. At the end the folder is
+renamed to ``OUT``. One shard holds what lies outside the blocks, then comes one shard per block.
 """
 
 import errno
@@ -91,15 +91,17 @@ class Writer:
         if not lead:
             return
         check_out(self.out, overwrite)
-        identity = json.loads(json.dumps(identity))
+        self.state = json.loads(json.dumps(identity)) | {"log": []}
         if not resume:
             self._forget()
         if self.identity_file.is_file() and any(self.partial.glob("model-*.safetensors")):
-            self._compare(json.loads(self.identity_file.read_text()), identity)
+            before = self._read_state()
+            self._compare(before, identity)
+            self.state = before
         else:
             self._forget()
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.identity_file, json.dumps(identity, indent=1))
+            self._write_state()
         self.partial.mkdir(parents=True, exist_ok=True)
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
@@ -109,8 +111,14 @@ class Writer:
         if self.partial.is_dir():
             shutil.rmtree(self.partial)
 
+    def _read_state(self) -> dict:
+        return json.loads(self.identity_file.read_text())
+
+    def _write_state(self) -> None:
+        write_text(self.identity_file, json.dumps(self.state, indent=1))
+
     def _compare(self, old: dict, new: dict) -> None:
-        for part, values in new.items():
+        for part, values in json.loads(json.dumps(new)).items():
             before = old.get(part)
             if before == values:
                 continue
@@ -135,13 +143,17 @@ class Writer:
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor], rows: list[dict]) -> None:
         """Store block ``index``; ``rows`` are its lines of the log (deterministic values only)."""
-        save_tensors(self.shard(1 + index), tensors, {"log": json.dumps(rows)})
+        # Not in the shard's metadata: the library writes two keys in an order of its own choice,
+        # and results would differ from run to run.
+        self.state["log"][index:] = [rows]
+        self._write_state()
+        save_tensors(self.shard(1 + index), tensors)
 
     def read_block(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
         """Physical tensors and log rows of a finished block."""
         with safe_open(self.shard(1 + index), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(file.metadata()["log"])
+        return tensors, self._read_state()["log"][index]
 
     def finish(self, outer: dict[str, torch.Tensor], config: dict, texts: dict[str, str]) -> Path:
         """Write the rest and rename the folder to its final name.
@@ -151,7 +163,7 @@ class Writer:
             config: the whole of config.json.
             texts: further files by name (model card, recipe, log).
         """
-        save_tensors(self.shard(0), outer, {})
+        save_tensors(self.shard(0), outer)
         weight_map, total = {}, 0
         for index in range(self.blocks + 1):
             path = self.shard(index)
@@ -203,12 +215,12 @@ def write_text(path: Path, text: str) -> None:
         raise _disk_error(path, error) from error
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """One safetensors file, written beside and renamed."""
     beside = path.with_name(path.name + ".tmp")
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(ready, beside, metadata={"format": "pt", **metadata})
+        save_file(ready, beside, metadata={"format": "pt"})
         os.replace(beside, path)
     except Exception as error:
         beside.unlink(missing_ok=True)
