@@ -93,7 +93,7 @@ def reference(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return lists
 
 
-@pytest.mark.parametrize("twin", ["half", "bfloat", "zeros"])
+@pytest.mark.parametrize("twin", ["half", "zeros"])
 def test_packed_checkpoints_generate_what_their_dense_twin_does(job, twin):
     expected = reference(job["root"] / f"{twin}-dense", job["prompts"])
     assert sum(map(len, expected)) > NEW, "the prompts leave too little to compare"
@@ -102,6 +102,12 @@ def test_packed_checkpoints_generate_what_their_dense_twin_does(job, twin):
             found = job["tokens"][str(job["root"] / name)]
             cut = [tokens[: len(list_)] for tokens, list_ in zip(found, expected, strict=True)]
             assert cut == expected, name
+
+
+def test_bfloat16_tokens_equal_the_dense_twins(job):
+    """The usual dtype. Its ties are many, so the twins are compared within vLLM, to the end."""
+    packed, dense = (str(job["root"] / name) for name in ("bfloat-packed", "bfloat-dense"))
+    assert job["tokens"][packed] == job["tokens"][dense]
 
 
 def test_vllm_computes_on_the_packed_integers(job):
