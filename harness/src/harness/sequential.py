@@ -162,9 +162,9 @@ def compress(
         writer.copy_side_files(source, shards.partial)
         outer = decoder.outer_tensors()
         written = sum(writer.tensor_bytes(shards.shard(1 + i)) for i in range(len(decoder)))
-        weights = sum(row["weights"] for row in rows)
+        bits = 8 * sum(row["bytes"] for row in rows) / max(sum(row["weights"] for row in rows), 1)
         sizes = {
-            "bits per weight in the blocks, all tensors counted": 8 * written / max(weights, 1),
+            "bits per weight of these linears, scales and zeros counted": bits,
             "MB on disk": (written + sum(t.nbytes for t in outer.values())) / 1e6,
         }
         shards.finish(
@@ -235,9 +235,10 @@ class _Pass:
                     f"{where} gives NaN or infinite activations in {decoder.dtype}; try "
                     "--dtype bfloat16 or float32."
                 )
-        rows = self._rows(index, block, updates)
+        tensors, linear_bytes = self._stored(index, block, updates)
+        rows = self._rows(index, block, updates, linear_bytes)
         self._report(index, rows, time.perf_counter() - started)
-        return self._stored(index, block, updates), rows
+        return tensors, rows
 
     def replay(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Run a finished block from disk, for the hidden states behind it."""
@@ -319,24 +320,28 @@ class _Pass:
                 update.weight = None  # the module holds all that will be stored
         return updates
 
-    def _stored(self, index, block, updates) -> dict[str, torch.Tensor]:
+    def _stored(self, index, block, updates) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """The block's tensors as its file will hold them, and the bytes of each updated linear."""
         prefix = f"{self.decoder.prefix}.{index}"
-        tensors = {}
+        tensors, linear_bytes = {}, {}
         for name, value in block.state_dict().items():
             linear = name.removesuffix(".weight")
             update = updates.get(linear) if name.endswith(".weight") else None
+            own = {f"{prefix}.{name}": value}
             if update is not None and isinstance(update.weight, QuantizedWeight):
-                tensors |= formats.encode(f"{prefix}.{linear}", update.weight, self.method.layout)
-            else:
-                tensors[f"{prefix}.{name}"] = value
-        return tensors
+                own = formats.encode(f"{prefix}.{linear}", update.weight, self.method.layout)
+            if update is not None:
+                linear_bytes[linear] = sum(t.nbytes for t in own.values())
+            tensors |= own
+        return tensors, linear_bytes
 
-    def _rows(self, index, block, updates) -> list[dict]:
+    def _rows(self, index, block, updates, linear_bytes) -> list[dict]:
         return [
             {
                 "block": index,
                 "name": f"{self.decoder.prefix}.{index}.{name}",
                 "weights": block.get_submodule(name).weight.numel(),
+                "bytes": linear_bytes[name],
                 "error": update.error,
                 **update.note,
             }
