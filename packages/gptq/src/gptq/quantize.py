@@ -147,12 +147,17 @@ def _gptq_update(grid, layout, dtype, percdamp, by_diagonal, static_groups):
                 f"{error} Give more or other calibration text, or a larger --percdamp."
             ) from error
         del matrix, ordered
-        share = distributed.shares(len(weight))[distributed.rank()]
+        # Rows are independent, but a product over fewer of them may round otherwise. On GPUs, where
+        # launches make the solver weigh most, they are dealt out all the same; on CPUs every rank
+        # solves all, and the result is that of one rank bit for bit.
+        dealt = weight.is_cuda
+        share = distributed.shares(len(weight))[distributed.rank()] if dealt else slice(None)
         result, loss = solve(
             weight[share], factor, grid, dtype=dtype, scale_dtype=scale_dtype, order=order,
             static_groups=static_groups,
         )  # fmt: skip
-        result, loss = _gather(result, loss, len(weight))
+        if dealt:
+            result, loss = _gather(result, loss, len(weight))
         updates, start = {}, 0
         note = {} if damping == percdamp else {"percdamp": damping}
         for linear, old in matrices.items():
