@@ -149,8 +149,9 @@ def test_refusals_name_the_mend():
     for size in (0, -2):
         with pytest.raises(UserError, match=f"group size is {size}"):
             Grid(4, size)
-    with pytest.raises(UserError, match=r"128 does not divide the 96 input .* a, b; try 32"):
-        check_group_size(96, Grid(4, 128), ["a", "b"])
+    with pytest.raises(UserError, match=r"128 does not divide .* of b \(96\), c \(64\); try 32"):
+        check_group_size({"a": 256, "b": 96, "c": 64}, Grid(4, 128))
     with pytest.raises(UserError, match="use -1"):
-        check_group_size(97, Grid(4, 128), ["a"])
-    check_group_size(256, Grid(4, 128), ["a"])
+        check_group_size({"a": 97}, Grid(4, 128))
+    check_group_size({"a": 256}, Grid(4, 128))
+    check_group_size({"a": 97}, Grid(4))

@@ -11,7 +11,7 @@ from harness.hessian import Hessian, inverse_factor
 from harness.perplexity import window_length
 
 from gptq.solver import act_order, solve
-from harness import checkpoint, data, distributed, formats, sequential
+from harness import checkpoint, data, distributed, formats, sequential, writer
 
 ROWS_FOR_NORM = 256
 
@@ -85,6 +85,10 @@ def quantize(
     method = sequential.Method(
         "nearest" if nearest else "gptq", settings, None, layout=format, grid=grid
     )
+    # Before the data, which may have to be downloaded and take minutes to tokenize.
+    sequential.preflight(decoder, method)
+    if not dry_run:
+        writer.check_out(Path(out), overwrite)
     windows = calibration = None
     if nearest:
         method.update = _nearest_update(grid, format, decoder.dtype)
@@ -105,7 +109,6 @@ def quantize(
         method.update = _gptq_update(
             grid, format, decoder.dtype, percdamp, act_order, static_groups
         )
-    sequential.preflight(decoder, method)
     if dry_run:
         from harness.plan import print_plan
 
