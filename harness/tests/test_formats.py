@@ -209,6 +209,16 @@ def test_gpt2s_transposed_linears(layout, tmp_path):
         AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_a_family_that_transformers_cannot_load_packed_says_so(tmp_path):
+    # Falcon's weight initialisation reaches for the dense weight: an error, not random weights.
+    families.save("falcon", tmp_path / "source")
+    out = tmp_path / "out"
+    model = round_to_nearest(tmp_path / "source", out, Grid(4, 16, True), "compressed-tensors")
+    assert torch.equal(logits(checkpoint.load_model(out)), logits(model))
+    with pytest.raises(AttributeError, match="FalconLinear"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
 def test_packing_twice_is_refused(llamas, tmp_path):
     from safetensors.torch import load_file
 

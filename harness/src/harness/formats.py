@@ -85,7 +85,9 @@ def quantization_config(grid: Grid, layout: str, actorder: bool, ignore: list[st
         "dynamic": False,
         "actorder": "static" if actorder else None,
     }
-    group = {"targets": ["Linear"], "weights": weights}
+    # The format is said here too: left to guess, the library takes subclasses of nn.Linear
+    # (Falcon's) for dense ones, and transformers fills them with random weights.
+    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
