@@ -8,6 +8,7 @@ the checkpoint will store *before* any weight is rounded, so that a stored model
 model, bit for bit.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +136,7 @@ def weight_scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale [O, G] and zero [O, G] (float32) of a whole matrix [O, I] float32."""
     g = grid.columns_per_group(weight.shape[1])
-    check_group_size(weight.shape[1], grid, [])
+    check_group_size({"this matrix": weight.shape[1]}, grid)
     scale, zero = find_scale_zero(weight.reshape(-1, g), grid, scale_dtype)
     return scale.view(len(weight), -1), zero.view(len(weight), -1)
 
@@ -148,13 +149,19 @@ def nearest(weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype) -> Quant
     return QuantizedWeight(codes.to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8), grid)
 
 
-def check_group_size(columns: int, grid: Grid, names: list[str]) -> None:
-    """Raise :class:`UserError` when the group size does not divide ``columns``."""
-    if grid.group_size != -1 and columns % grid.group_size:
-        whose = f" of {', '.join(names)}" if names else ""
-        fitting = [g for g in (256, 128, 64, 32, 16, 8) if columns % g == 0]
+def check_group_size(columns: dict[str, int], grid: Grid) -> None:
+    """Raise :class:`UserError`, naming the linears, when the group size does not divide them all.
+
+    ``columns`` maps the name of every linear to its number of input columns.
+    """
+    if grid.group_size == -1:
+        return
+    bad = [f"{name} ({width})" for name, width in columns.items() if width % grid.group_size]
+    if bad:
+        common = math.gcd(*columns.values())
+        fitting = [g for g in (256, 128, 64, 32, 16, 8) if common % g == 0]
         hint = f"try {fitting[0]}" if fitting else "use -1 (one group per row)"
         raise UserError(
-            f"group size {grid.group_size} does not divide the {columns} input columns{whose}; "
+            f"group size {grid.group_size} does not divide the input columns of {', '.join(bad)}; "
             f"{hint}."
         )

@@ -185,15 +185,13 @@ def preflight(decoder: Decoder, method: Method) -> None:
     """Everything that can be refused before any work: sizes against the grid and the layout."""
     if method.grid is None:
         return
-    shapes, bad = {}, {}
+    shapes, columns = {}, {}
     for index, block in enumerate(decoder.blocks):
         for name, module in linears(block).items():
             shape = tuple(get_matrix(module).shape)
             shapes[f"{decoder.prefix}.{index}.{name}"] = shape
-            if method.grid.group_size != -1 and shape[1] % method.grid.group_size:
-                bad.setdefault(shape[1], {})[name] = None
-    for columns, names in bad.items():
-        check_group_size(columns, method.grid, list(names))
+            columns[name] = shape[1]
+    check_group_size(columns, method.grid)
     formats.check(method.layout, method.grid, shapes)
 
 

@@ -2,8 +2,8 @@
 
 A program owns a tile of rows and keeps their B columns in registers; it walks the columns as
 torch_loop does, its oracle in the tests. Only primitives that Triton's interpreter knows are used,
-so that the kernel is tested without a GPU too. Per block and row the kernel moves about 13 B bytes and
-does 4 B² float operations.
+so that the kernel is tested without a GPU too. Per block and row it moves about 13 B bytes and does
+4 B² float operations.
 """
 
 import torch
