@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The whole house in one go, without a hub or a GPU: compress the embedded tiny-llama with
+# round-to-nearest and with GPTQ at 4, 3 and 2 bits, measure every result, draw the frontier.
+#   bash recipes/quickstart.sh [OUT]      results under OUT (default out/quickstart)
+# About 5 minutes on 2 CPU cores. Another model, other widths, less of everything:
+#   MODEL=tiny-llama-student BITS="4 3" NSAMPLES=16 LIMIT=50 bash recipes/quickstart.sh
+set -euo pipefail
+out=${1:-out/quickstart}
+model=${MODEL:-tiny-llama}
+bits=${BITS:-4 3 2}
+nsamples=${NSAMPLES:-128} # calibration windows of 512 tokens, the paper's number
+limit=${LIMIT:-300}       # evaluation windows (the test split has 297) and quiz questions
+mkdir -p "$out"
+
+# Compress. A scale and a zero point per 128 weights, stored packed. GPTQ needs calibration text
+# (a split of the standard library that the model was not trained on); round-to-nearest needs none.
+results=("$out/$(basename "$model")-dense.json")
+for w in $bits; do
+    python -m gptq "$model" --nearest --wbits "$w" --groupsize 128 --out "$out/rtn-w$w" --overwrite
+    python -m gptq "$model" stdlib --wbits "$w" --groupsize 128 --true-sequential \
+        --nsamples "$nsamples" --out "$out/gptq-w$w" --overwrite
+    results+=("$out/rtn-w$w/results.json" "$out/gptq-w$w/results.json")
+done
+
+# Measure: perplexity, multiple choice, speed; sizes are always measured. The numbers go to a JSON
+# file, and into the model card of each result.
+measure() {
+    harness eval "$1" --ppl stdlib --choice stdlib-quiz --speed --limit "$limit" \
+        --out "$2" --overwrite
+}
+measure "$model" "${results[0]}"
+for w in $bits; do
+    measure "$out/rtn-w$w" "$out/rtn-w$w/results.json"
+    measure "$out/gptq-w$w" "$out/gptq-w$w/results.json"
+done
+
+# Compare.
+echo
+harness compare "${results[@]}" --plot "$out/frontier.png" | tee "$out/table.md"
+echo "table: $out/table.md"

@@ -1,0 +1,103 @@
+"""The READMEs' examples: what needs no hub is run as it stands, all flags meet the real parsers,
+the trees name what is there."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import gptq.cli
+import harness.cli
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("packages/*/README.md")]
+# What stands in for the hub where there is none.
+HUB = {"facebook/opt-125m": "tiny-llama-student", '"c4"': '"stdlib", nsamples=8'}
+EMBEDDED = ("tiny-llama", "tiny-w4")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    return [text for name, text in found if name == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every line of the page's bash blocks, continued lines joined."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+ALL = [pytest.param(page, words, id=" ".join(words)) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), ALL)
+def test_every_command_is_one(page, words):
+    if words[0] in ("torchrun", "accelerate"):
+        words = ["python", *words[words.index("-m") :]]
+    if words[:3] == ["python", "-m", "gptq"]:
+        gptq.cli.parser().parse_args(words[3:])
+    elif words[0] == "harness":
+        harness.cli.build_parser().parse_args(words[1:])
+    elif words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+    elif words[0] == "nox" or words[-1] == "nox" or "&&" in words:
+        asked = words[words.index("-s") + 1 :] if "-s" in words else []
+        tree = ast.parse((ROOT / "noxfile.py").read_text("utf-8"))
+        sessions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert set(asked) <= sessions
+    elif words[:4] == ["python", "-m", "pip", "install"]:
+        for path in (word for word in words if word.startswith("./")):
+            assert (ROOT / path.partition("[")[0] / "pyproject.toml").is_file()
+    else:
+        assert words[0] in ("vllm", "pytest", "git", "export"), f"{page}: {words[0]} is not known"
+
+
+@pytest.mark.slow
+def test_offline_commands_run_one_after_another(tmp_path, run_python):
+    ran = 0
+    for words in commands(ROOT / "README.md"):
+        if any(word in EMBEDDED for word in words):
+            words = words[2:] if words[0] == "python" else words
+            run_python("-m", *words, cwd=tmp_path)
+            ran += 1
+    assert ran >= 3
+    assert "## Evaluation" in (tmp_path / "tiny-w4/README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks(ROOT / "README.md", "python"))))
+def test_python_blocks_run(number, tmp_path, run_python):
+    code = blocks(ROOT / "README.md", "python")[number]
+    for name, stand_in in HUB.items():
+        code = code.replace(name, stand_in)
+    run_python("-c", code, cwd=tmp_path)
+    assert list(tmp_path.glob("*/model*.safetensors"))
+
+
+def test_the_tree_names_every_file():
+    tree = next(block for block in blocks(ROOT / "README.md", "") if "constraints.txt" in block)
+    folders, named = [], set()
+    for line in tree.splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name]
+        named.add("".join(folders))
+    for path in named:
+        assert (ROOT / path).exists(), f"{path} is in the tree but not there"
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True
+    ).stdout.split()
+    rooms = ("harness/src/harness/", "packages/", "recipes/", "benchmarks/")
+    for path in tracked:
+        inner = path.removeprefix("harness/src/harness/")
+        plain = path.startswith(rooms) and "/tests/" not in path and "assets/" not in inner
+        if plain and not Path(path).name.startswith("__") and path.endswith((".py", ".sh")):
+            assert path in named, f"{path} is missing in the README's tree"
+
+
+def test_programs_of_the_readme_are_this_python():
+    """The commands above call what is installed here, not another copy."""
+    for program in ("harness", "gptq"):
+        assert Path(sys.executable).with_name(program).is_file()
