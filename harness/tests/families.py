@@ -45,6 +45,7 @@ FAMILIES = {
     "gemma2": ("Gemma2Config", GQA | {"head_dim": 8, "sliding_window": SLIDING}),
     "phi3": ("Phi3Config", GQA),
     "starcoder2": ("Starcoder2Config", GQA | {"sliding_window": SLIDING}),
+    "mixtral": ("MixtralConfig", GQA | {"num_local_experts": 4}),
     "neox": ("GPTNeoXConfig", GATED),
 }
 

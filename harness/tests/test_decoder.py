@@ -46,6 +46,8 @@ STAGES = {
         ["mlp.down_proj"],
     ],
     "starcoder2": [QKV, ["self_attn.o_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+    # The experts are no linear layers but two tensors.
+    "mixtral": GATED[:2],
     "neox": [["attention.query_key_value"], ["attention.dense"], *UP_DOWN],
 }
 

@@ -9,19 +9,26 @@ import yaml
 
 from harness import __version__
 
+CONV1D = ("gpt2", "openai-gpt")
+# Families whose weight initialisation in transformers reaches for dense weights, and fails.
+NEVER_PACKED = ("falcon", "gpt_bigcode")
 
-def readers(layout: str, grid, conv1d: bool) -> str:
-    """What loads a checkpoint stored in ``layout`` on ``grid`` (checked by the tests and by the
-    vLLM session)."""
+
+def readers(layout: str, grid, config) -> str:
+    """What loads a checkpoint of a model with this ``config`` stored in ``layout`` on ``grid``
+    (checked by the tests and by the vLLM session)."""
     if layout == "dense":
         return "transformers, vLLM, and everything else that reads Hugging Face checkpoints"
-    if conv1d:
+    if config.model_type in CONV1D:
         return "the harness only (transformers has no packed form of GPT-2's Conv1D)"
     kernels = grid.bits in (4, 8)
     if layout == "gptq":
         served = "vLLM, " if kernels and grid.symmetric else ""
         return served + "GPTQModel where its kernels know the width, the harness"
-    return ("vLLM, " if kernels else "") + "transformers with compressed-tensors, the harness"
+    served = "vLLM, " if kernels else ""
+    if config.model_type in NEVER_PACKED:
+        return f"{served}the harness (transformers fails to load this family packed)"
+    return served + "transformers with compressed-tensors, the harness"
 
 
 def command_line() -> str:
@@ -47,9 +54,7 @@ def recipe(source: Path, step: dict) -> str:
     return yaml.safe_dump({"steps": [*steps, step]}, sort_keys=False, width=100)
 
 
-def model_card(
-    base: str, step: dict, layout: str, grid, sizes: dict[str, float], conv1d: bool
-) -> str:
+def model_card(base: str, step: dict, layout: str, sizes: dict[str, float], read_by: str) -> str:
     """README.md of a result. ``sizes``: label -> megabytes or bits per weight."""
     data = step.get("calibration") or {}
     calibration = (
@@ -76,7 +81,7 @@ Made from `{base}` with
 | --- | --- |
 | calibration | {calibration} |
 | stored as | {layout} |
-| read by | {readers(layout, grid, conv1d)} |
+| read by | {read_by} |
 {size_lines}
 {settings}
 

@@ -29,7 +29,7 @@ def info(model: str) -> str:
         ("bits", _bits(size)),
         ("weight files", f"{size.disk_bytes / 1e6:,.2f} MB"),
         ("arithmetic", f"{macs['total'] / 1e6:,.2f} MMAC per token, over {length} keys"),
-        ("read by", _readers(quantization, bool(getattr(config, "harness_conv1d", False)))),
+        ("read by", _readers(quantization, config)),
         *_recipe(folder),
     ]
     width = max(len(name) for name, _ in lines)
@@ -55,12 +55,12 @@ def _bits(size: Footprint) -> str:
     return f"{size.bits_per_weight:.3f} per weight of the quantized linears, {whole} in all"
 
 
-def _readers(quantization: dict | None, conv1d: bool) -> str:
+def _readers(quantization: dict | None, config) -> str:
     layout = formats.layout_of(quantization)
     if layout == "other":
         return "transformers, with the library that made it"
     grid = None if layout == "dense" else formats.grid_of(quantization)
-    return card.readers(layout, grid, conv1d)
+    return card.readers(layout, grid, config)
 
 
 def _recipe(folder: Path) -> list[tuple[str, str]]:

@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from harness import card, distributed, formats, writer
+from harness import card, distributed, formats, memory, preflight, writer
 from harness.decoder import Decoder, batches
 from harness.errors import UserError
-from harness.grid import Grid, QuantizedWeight, check_group_size
+from harness.grid import Grid, QuantizedWeight
 from harness.perplexity import window_length
 from harness.progress import track
 from harness.stages import PausedForwards, find_stages, get_matrix, linears, set_matrix
@@ -98,8 +97,11 @@ def compress(
         UserError: everything in the bad-input table of the tests.
     """
     quantization = None
-    preflight(decoder, method)
+    preflight.check(decoder, method.grid, method.layout, out)
     source = decoder.weights.folder
+    stays = preflight.what_stays(decoder)
+    if stays:
+        _say(stays)
     conv1d = any(isinstance(m, Conv1D) for m in linears(decoder.blocks[0]).values())
     if method.layout != "dense":
         quantization = formats.quantization_config(method.grid, method.layout, method.actorder, [])
@@ -172,27 +174,19 @@ def compress(
             config,
             {
                 "recipe.yaml": card.recipe(source, step),
-                "README.md": card.model_card(base, step, method.layout, method.grid, sizes, conv1d),
+                "README.md": card.model_card(
+                    base,
+                    step,
+                    method.layout,
+                    sizes,
+                    card.readers(method.layout, method.grid, decoder.config),
+                ),
                 LOG: json.dumps({**step, "layers": rows}, indent=1) + "\n",
             },
         )
 
     distributed.lead(end)
     return rows
-
-
-def preflight(decoder: Decoder, method: Method) -> None:
-    """Everything that can be refused before any work: sizes against the grid and the layout."""
-    if method.grid is None:
-        return
-    shapes, columns = {}, {}
-    for index, block in enumerate(decoder.blocks):
-        for name, module in linears(block).items():
-            shape = tuple(get_matrix(module).shape)
-            shapes[f"{decoder.prefix}.{index}.{name}"] = shape
-            columns[name] = shape[1]
-    check_group_size(columns, method.grid)
-    formats.check(method.layout, method.grid, shapes)
 
 
 class _Pass:
@@ -208,7 +202,7 @@ class _Pass:
         parts = batches(windows)
         parts = parts[distributed.shares(len(parts))[distributed.rank()]]
         size = windows.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
-        if 4 * size < _free_memory(decoder.device):
+        if 4 * size < memory.free(decoder.device):
             self.store = decoder.device
         self.probe = decoder.embed(windows[:1, :PROBE_TOKENS])
         self.hidden = [decoder.embed(part).to(self.store) for part in parts]
@@ -351,15 +345,18 @@ class _Pass:
             return
         errors = [row["error"] for row in rows if row["error"] is not None]
         mean = f", mean relative error {sum(errors) / len(errors):.3g}" if errors else ""
-        _say(f"block {index + 1}/{len(self.decoder)}: {seconds:.1f} s{mean}, peak {_peak()}")
+        _say(f"block {index + 1}/{len(self.decoder)}: {seconds:.1f} s{mean}, peak {memory.peak()}")
 
     def _fits(self, block) -> bool:
         """Whether all batches' activations inside a block may be held at once."""
-        per_token = 3 * self.decoder.config.hidden_size
+        config = self.decoder.model.config
+        per_token = 3 * config.hidden_size
         per_token += sum(sum(get_matrix(m).shape) for m in linears(block).values())
+        if config._attn_implementation == "eager":  # its scores and probabilities live on too
+            per_token += 4 * config.num_attention_heads * self.hidden[0].shape[1]
         tokens = sum(h.shape[0] * h.shape[1] for h in self.hidden)
         need = per_token * tokens * self.decoder.dtype.itemsize
-        free = _free_memory(self.decoder.device)
+        free = memory.free(self.decoder.device)
         fits = need < SHARE_OF_FREE_MEMORY * free
         if not fits:
             _say(
@@ -367,20 +364,6 @@ class _Pass:
                 "running each stage from the block's start (slower, same result)"
             )
         return fits
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def _peak() -> str:
-    import resource
-
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
 
 
 def _say(text: str) -> None:

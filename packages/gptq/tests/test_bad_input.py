@@ -111,6 +111,13 @@ def test_existing_output(place, capsys):
     assert [p.name for p in (place / "out").iterdir()] == ["thesis.tex"]
 
 
+def test_the_model_is_not_its_own_output(place, capsys):
+    words = ["model", "text.txt", *QUICK, "--overwrite", "--out", "./model"]
+    assert main(words) == 2
+    assert "model is the model itself" in capsys.readouterr().err.splitlines()[-1]
+    assert nothing_made(place)
+
+
 def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
     import harness.sequential
 

@@ -11,7 +11,7 @@ from harness.hessian import Hessian, inverse_factor
 from harness.perplexity import window_length
 
 from gptq.solver import act_order, solve
-from harness import checkpoint, data, distributed, formats, sequential, writer
+from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
 
 ROWS_FOR_NORM = 256
 
@@ -86,7 +86,7 @@ def quantize(
         "nearest" if nearest else "gptq", settings, None, layout=format, grid=grid
     )
     # Before the data, which may have to be downloaded and take minutes to tokenize.
-    sequential.preflight(decoder, method)
+    preflight.check(decoder, grid, format, Path(out))
     if not dry_run:
         writer.check_out(Path(out), overwrite)
     windows = calibration = None

@@ -1,0 +1,42 @@
+"""What can be refused, or has to be said, before any work is done."""
+
+from pathlib import Path
+
+from harness import formats
+from harness.decoder import Decoder
+from harness.errors import UserError
+from harness.grid import Grid, check_group_size
+from harness.stages import get_matrix, linears
+
+
+def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
+    """Raise :class:`UserError` where the model's sizes do not fit ``grid`` or ``layout``, or the
+    result would take the model's own place."""
+    if out.exists() and out.samefile(decoder.weights.folder):
+        raise UserError(f"{out} is the model itself; choose another --out.")
+    if grid is None:
+        return
+    shapes, columns = {}, {}
+    for index, block in enumerate(decoder.blocks):
+        for name, module in linears(block).items():
+            shape = tuple(get_matrix(module).shape)
+            shapes[f"{decoder.prefix}.{index}.{name}"] = shape
+            columns[name] = shape[1]
+    check_group_size(columns, grid)
+    formats.check(layout, grid, shapes)
+
+
+def what_stays(decoder: Decoder) -> str:
+    """The blocks' matrices that are no linear layers, which no layer-wise method changes: mixtures
+    of experts keep most of their weights in such. "" where there are none."""
+    kept, total = {}, 0
+    for block in decoder.blocks:
+        inside = {f"{name}.weight" for name in linears(block)}
+        for name, parameter in block.named_parameters():
+            total += parameter.numel()
+            if parameter.ndim > 1 and name not in inside:
+                kept[name] = kept.get(name, 0) + parameter.numel()
+    if not kept:
+        return ""
+    share = sum(kept.values()) / total
+    return f"left as they are, no linear layers: {', '.join(kept)} ({share:.0%} of the blocks)"
