@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("name", choices=list(SHAPES))
             sub.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
         if step == "train":
-            sub.add_argument("--epochs", type=float, default=5.0)
+            sub.add_argument("--epochs", type=float, default=4.5)
             sub.add_argument("--batch", type=int, default=8, help="windows per step")
             sub.add_argument("--lr", type=float, default=8e-3)
             sub.add_argument("--decay", type=float, default=0.1)

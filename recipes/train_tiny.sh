@@ -12,8 +12,8 @@ export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 export MALLOC_TOP_PAD_=536870912
 
 python "$here/train_tiny.py" prepare "$work"
-python "$here/train_tiny.py" train "$work" tiny-llama --device "$device" --epochs 5 --dropout 0.1
-python "$here/train_tiny.py" train "$work" tiny-llama-student --device "$device" --epochs 8 \
+python "$here/train_tiny.py" train "$work" tiny-llama --device "$device" --epochs 4.5 --dropout 0.1
+python "$here/train_tiny.py" train "$work" tiny-llama-student --device "$device" --epochs 3 \
     --lr 0.01 --dropout 0
 python "$here/train_tiny.py" evaluate "$work" tiny-llama --device "$device"
 python "$here/train_tiny.py" evaluate "$work" tiny-llama-student --device "$device"
