@@ -164,11 +164,9 @@ class Decoder:
                 seen.append((hidden, args, kwargs))
                 if index == len(self) - 1:
                     raise _Stop
-                # Some models take the first item of what a block returns. Given a bare tensor,
-                # they hand the next block its first window: one dimension less.
-                entered = seen[0][0]
-                indexed = index > 0 and seen[1][0].ndim < entered.ndim
-                return (entered,) if indexed else entered
+                # Never what this block was handed: some models take the first item of what a
+                # block returns, of a bare tensor its first window, and so on to nothing.
+                return seen[0][0]
 
             return record
 
