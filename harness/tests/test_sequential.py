@@ -19,8 +19,8 @@ from harness.sequential import Method, Update, compress
 from harness.stages import get_matrix, linears, set_matrix
 from transformers import AutoModelForCausalLM
 
+from harness import block_pass, sequential, writer
 from harness import decoder as decoder_module
-from harness import sequential, writer
 
 BATCH, WINDOWS = 2, 5  # the last batch is a short one
 CALIBRATION = {"dataset": "d", "nsamples": 5, "seqlen": 24, "seed": 0}
@@ -135,7 +135,7 @@ def test_every_stage_sees_what_a_naive_pass_sees(
     family, true_sequential, keep, sources, tmp_path, monkeypatch, capsys
 ):
     if not keep:
-        monkeypatch.setattr(sequential, "SHARE_OF_FREE_MEMORY", 0)
+        monkeypatch.setattr(block_pass, "SHARE_OF_FREE_MEMORY", 0)
     seen = []
     method = Method("coarse", {}, recording(seen, coarse), Recorder, true_sequential)
     run(sources[family], tmp_path / "out", method)

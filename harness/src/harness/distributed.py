@@ -5,6 +5,7 @@ on CUDA. Every rank sees the same files; rank 0 alone writes.
 """
 
 import os
+import sys
 from itertools import pairwise
 
 import torch
@@ -75,6 +76,12 @@ def lead(function):
     if message:
         raise UserError(message)
     return result
+
+
+def say(text: str) -> None:
+    """A line on stderr, from rank 0 alone."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def barrier() -> None:

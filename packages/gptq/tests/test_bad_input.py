@@ -119,9 +119,9 @@ def test_the_model_is_not_its_own_output(place, capsys):
 
 
 def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
-    import harness.sequential
+    import harness.block_pass
 
-    real = harness.sequential._Pass.block
+    real = harness.block_pass.BlockPass.compress
 
     def stop(self, index):
         if index == 1:
@@ -129,7 +129,7 @@ def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
         return real(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.sequential._Pass, "block", stop)
+        patch.setattr(harness.block_pass.BlockPass, "compress", stop)
         assert main(["model", "text.txt", *QUICK, "--out", "out"]) == 130
     line = refused(capsys, "model", "text.txt", *QUICK, "--wbits", "3")
     assert "settings, wbits: 4 there, 3 now" in line and "--no-resume" in line

@@ -1,0 +1,243 @@
+"""One block of the pass in sequential.py: its stages, in true-sequential or plain order.
+
+A method is two functions: ``statistics(columns, device)`` makes an object with ``add(inputs)`` and
+``reduce()`` (None for methods that look at no data), and ``update(weights, statistics, where)``
+maps the stage's matrices [out, in] float32 to :class:`Update`.
+
+In true-sequential order a stage sees the effect of the earlier ones, and its block runs once
+(stages.py). In the plain order all statistics come from the block's original weights, at the price
+of a second forward; all stages' statistics are then in memory together.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from harness import distributed, formats, memory, writer
+from harness.decoder import batches
+from harness.errors import UserError
+from harness.grid import Grid, QuantizedWeight
+from harness.stages import PausedForwards, find_stages, get_matrix, linears, set_matrix
+
+SHARE_OF_FREE_MEMORY = 0.6
+PROBE_TOKENS = 16
+
+
+@dataclass
+class Update:
+    """A linear's new weight [out, in] and its relative output error |(W - W')X|² / |WX|²."""
+
+    weight: torch.Tensor | QuantizedWeight
+    error: float | None = None
+    note: dict = field(default_factory=dict)
+
+
+@dataclass
+class Method:
+    """What a layer-wise method tells the pass.
+
+    Attributes:
+        name: for the card and the log.
+        settings: recorded in recipe.yaml; a resumed run must agree with them.
+        update: (stage's matrices by name, statistics or None, "block 3") -> Update by name.
+        statistics: (columns, device) -> accumulator, or None.
+        true_sequential: the order, see above.
+        layout: one of :data:`harness.formats.FORMATS`.
+        grid: of the packed result; None for dense.
+        actorder: whether packed groups were solved in act-order (recorded in the config).
+    """
+
+    name: str
+    settings: dict
+    update: Callable[[dict[str, torch.Tensor], Any, str], dict[str, Update]]
+    statistics: Callable[[int, torch.device], Any] | None = None
+    true_sequential: bool = True
+    layout: str = "dense"
+    grid: Grid | None = None
+    actorder: bool = False
+
+
+class BlockPass:
+    """The state between blocks: the hidden states of this rank's batches."""
+
+    def __init__(self, decoder, method, windows, conv1d, quantization):
+        self.decoder, self.method = decoder, method
+        self.conv1d, self.quantization = conv1d, quantization
+        self.hidden, self.store = [], torch.device("cpu")
+        self.stages: dict[tuple, list[list[str]]] = {}
+        if method.statistics is None:
+            return
+        parts = batches(windows)
+        parts = parts[distributed.shares(len(parts))[distributed.rank()]]
+        size = windows.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
+        if 4 * size < memory.free(decoder.device):
+            self.store = decoder.device
+        self.seqlen = windows.shape[1]
+        self.probe = decoder.embed(windows[:1, :PROBE_TOKENS])
+        self.hidden = [decoder.embed(part).to(self.store) for part in parts]
+
+    def compress(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+        """Compress one block: its tensors as stored, and its log rows."""
+        started = time.perf_counter()
+        decoder = self.decoder
+        block = decoder.load(index)
+        where = f"block {index}"
+        if self.method.statistics is None:
+            stages = [[name] for name in linears(block)]
+            updates = {}
+            for names in stages:
+                updates |= self._update(block, names, None, where)
+        else:
+            stages = self._find_stages(index, block)
+            order = self._true_sequential if self.method.true_sequential else self._plain
+            updates = order(index, block, stages, where)
+            if not all(torch.isfinite(h).all() for h in self.hidden):
+                raise UserError(
+                    f"{where} gives NaN or infinite activations in {decoder.dtype}; try "
+                    "--dtype bfloat16 or float32."
+                )
+        tensors, linear_bytes = self._stored(index, block, updates)
+        rows = self._rows(index, block, updates, linear_bytes)
+        self._report(index, rows, time.perf_counter() - started)
+        return tensors, rows
+
+    def replay(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Run a finished block from disk, for the hidden states behind it."""
+        if self.method.statistics is None:
+            return
+        dense = writer.decode_block(
+            tensors, self.method.layout, self.quantization, self.decoder.dtype, self.conv1d
+        )
+        self.decoder.load(index, dense)
+        for i in range(len(self.hidden)):
+            self.hidden[i] = self._forward(index, i)
+
+    def _forward(self, index: int, batch: int) -> torch.Tensor:
+        hidden = self.hidden[batch].to(self.decoder.device)
+        return self.decoder.forward(index, hidden).to(self.store)
+
+    def _find_stages(self, index: int, block) -> list[list[str]]:
+        key = tuple((n, *get_matrix(m).shape) for n, m in linears(block).items())
+        if key not in self.stages:
+            forward = lambda: self.decoder.forward(index, self.probe)  # noqa: E731
+            self.stages[key] = find_stages(block, forward)
+            missed = set(linears(block)) - {n for stage in self.stages[key] for n in stage}
+            if missed:
+                distributed.say(
+                    f"not compressed, their block never calls them: {', '.join(sorted(missed))}"
+                )
+        return self.stages[key]
+
+    def _true_sequential(self, index, block, stages, where):
+        forwards = [lambda b=b: self._forward(index, b) for b in range(len(self.hidden))]
+        updates = {}
+        paused = PausedForwards(block, stages, forwards, keep=self._fits(block))
+        try:
+            for number, names in enumerate(stages):
+                statistics = self._new_statistics(block, names)
+                for batch in range(len(forwards)):
+                    statistics.add(paused.inputs(number, batch))
+                statistics.reduce()
+                updates |= self._update(block, names, statistics, where)
+            for batch in range(len(forwards)):
+                self.hidden[batch] = paused.finish(batch)
+        finally:
+            paused.close()
+        return updates
+
+    def _plain(self, index, block, stages, where):
+        modules = dict(block.named_modules())
+        everything = [self._new_statistics(block, names) for names in stages]
+        hooks = [
+            modules[names[0]].register_forward_pre_hook(lambda _, args, s=s: s.add(args[0]))
+            for names, s in zip(stages, everything, strict=True)
+        ]
+        for batch in range(len(self.hidden)):
+            self._forward(index, batch)
+        for hook in hooks:
+            hook.remove()
+        updates = {}
+        while everything:
+            statistics = everything.pop(0)
+            statistics.reduce()
+            names = stages[len(stages) - len(everything) - 1]
+            updates |= self._update(block, names, statistics, where)
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self._forward(index, batch)
+        return updates
+
+    def _new_statistics(self, block, names):
+        columns = get_matrix(block.get_submodule(names[0])).shape[1]
+        return self.method.statistics(columns, self.decoder.device)
+
+    @torch.no_grad()
+    def _update(self, block, names, statistics, where) -> dict[str, Update]:
+        modules = {name: block.get_submodule(name) for name in names}
+        matrices = {name: get_matrix(module).float() for name, module in modules.items()}
+        updates = self.method.update(matrices, statistics, where)
+        for name, update in updates.items():
+            packed = isinstance(update.weight, QuantizedWeight)
+            dtype = self.decoder.dtype
+            set_matrix(modules[name], update.weight.dequantize(dtype) if packed else update.weight)
+            if packed and self.method.layout == "dense":
+                update.weight = None  # the module holds all that will be stored
+        return updates
+
+    def _stored(self, index, block, updates) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """The block's tensors as its file will hold them, and the bytes of each updated linear."""
+        prefix = f"{self.decoder.prefix}.{index}"
+        tensors, linear_bytes = {}, {}
+        for name, value in block.state_dict().items():
+            linear = name.removesuffix(".weight")
+            update = updates.get(linear) if name.endswith(".weight") else None
+            own = {f"{prefix}.{name}": value}
+            if update is not None and isinstance(update.weight, QuantizedWeight):
+                own = formats.encode(f"{prefix}.{linear}", update.weight, self.method.layout)
+            if update is not None:
+                linear_bytes[linear] = sum(t.nbytes for t in own.values())
+            tensors |= own
+        return tensors, linear_bytes
+
+    def _rows(self, index, block, updates, linear_bytes) -> list[dict]:
+        return [
+            {
+                "block": index,
+                "name": f"{self.decoder.prefix}.{index}.{name}",
+                "weights": block.get_submodule(name).weight.numel(),
+                "bytes": linear_bytes[name],
+                "error": update.error,
+                **update.note,
+            }
+            for name, update in updates.items()
+        ]
+
+    def _report(self, index, rows, seconds) -> None:
+        if distributed.rank() or sys.stderr.isatty():
+            return
+        errors = [row["error"] for row in rows if row["error"] is not None]
+        mean = f", mean relative error {sum(errors) / len(errors):.3g}" if errors else ""
+        distributed.say(
+            f"block {index + 1}/{len(self.decoder)}: {seconds:.1f} s{mean}, peak {memory.peak()}"
+        )
+
+    def _fits(self, block) -> bool:
+        """Whether all batches' activations inside a block may be held at once."""
+        config = self.decoder.model.config
+        per_token = 3 * config.hidden_size
+        per_token += sum(sum(get_matrix(m).shape) for m in linears(block).values())
+        if config._attn_implementation == "eager":  # its scores and probabilities live on too
+            per_token += 4 * config.num_attention_heads * self.seqlen
+        tokens = sum(h.shape[0] * h.shape[1] for h in self.hidden)
+        need = per_token * tokens * self.decoder.dtype.itemsize
+        free = memory.free(self.decoder.device)
+        fits = need < SHARE_OF_FREE_MEMORY * free
+        if not fits:
+            distributed.say(
+                f"activations of one block need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+                "running each stage from the block's start (slower, same result)"
+            )
+        return fits
