@@ -17,7 +17,7 @@ mkdir -p "$out"
 results=("$out/$(basename "$model")-dense.json")
 for w in $bits; do
     python -m gptq "$model" --nearest --wbits "$w" --groupsize 128 --out "$out/rtn-w$w" --overwrite
-    python -m gptq "$model" stdlib --wbits "$w" --groupsize 128 --true-sequential \
+    python -m gptq "$model" stdlib --wbits "$w" --groupsize 128 --act-order --true-sequential \
         --nsamples "$nsamples" --out "$out/gptq-w$w" --overwrite
     results+=("$out/rtn-w$w/results.json" "$out/gptq-w$w/results.json")
 done
