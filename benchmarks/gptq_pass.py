@@ -8,8 +8,8 @@ The textbook order keeps a Hessian per linear, updates it sample by sample with 
 factors it by Cholesky, inverse and Cholesky, walks the columns one by one with rank-1 updates
 inside blocks of 128, and runs every block twice over the calibration set. "floor" is what no
 layer-wise method can do without: one forward of the calibration set and one symmetric product per
-stage. Every contestant runs in a process of its own. Errors are |(W - Q) X|² / |W X|² of every linear on
-the dense model's own inputs, measured afterwards in the same way for both results.
+stage. Every contestant runs in a process of its own. Errors are |(W - Q) X|² / |W X|² of every
+linear on the dense model's own inputs, measured afterwards in the same way for both results.
 """
 
 import argparse
