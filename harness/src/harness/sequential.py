@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from harness import card, distributed, formats, preflight, writer
+from harness import card, distributed, formats, memory, preflight, writer
 from harness.block_pass import BlockPass, Method, Update
 from harness.decoder import Decoder
 from harness.errors import UserError
@@ -85,6 +85,8 @@ def compress(
             tensors, block_rows = blocks.compress(index)
             distributed.lead(lambda i=index, t=tensors, r=block_rows: shards.write_block(i, t, r))
         decoder.release(index)
+        del tensors
+        memory.give_back()
         rows += block_rows
 
     step = {
