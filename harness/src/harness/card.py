@@ -15,17 +15,22 @@ NEVER_PACKED = ("falcon", "gpt_bigcode")
 
 
 def readers(layout: str, grid, config) -> str:
-    """What loads a checkpoint of a model with this ``config`` stored in ``layout`` on ``grid``
-    (checked by the tests and by the vLLM session)."""
+    """What loads a checkpoint of a model with this ``config`` stored in ``layout`` on ``grid``.
+
+    transformers and the harness are checked by the tests. vLLM 0.32 runs 4 bits on the CPU, which
+    the vLLM session checks, and refuses 8 there; its list of kernels for GPUs has both.
+    """
     if layout == "dense":
         return "transformers, vLLM, and everything else that reads Hugging Face checkpoints"
     if config.model_type in CONV1D:
         return "the harness only (transformers has no packed form of GPT-2's Conv1D)"
-    kernels = grid.bits in (4, 8)
+    served = ""
+    if grid.bits == 4 and (grid.symmetric or layout == "compressed-tensors"):
+        served = "vLLM, "
+    elif grid.bits == 8 and grid.symmetric:
+        served = "vLLM on a GPU, "
     if layout == "gptq":
-        served = "vLLM, " if kernels and grid.symmetric else ""
         return served + "GPTQModel where its kernels know the width, the harness"
-    served = "vLLM, " if kernels else ""
     if config.model_type in NEVER_PACKED:
         return f"{served}the harness (transformers fails to load this family packed)"
     return served + "transformers with compressed-tensors, the harness"
