@@ -84,11 +84,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def shares(count: int) -> list[slice]:
     """Contiguous slices of ``range(count)``, one per rank, as even as can be."""
     ranks = world_size()
