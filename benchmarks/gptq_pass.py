@@ -62,7 +62,7 @@ def measure(function) -> dict:
 
 def run_ours(folder: Path, out: Path, args) -> None:
     import torch
-    from gptq.quantize import _gptq_update
+    from gptq.method import _gptq_update
     from harness.decoder import Decoder
     from harness.grid import Grid
     from harness.hessian import Hessian
@@ -287,7 +287,7 @@ def main() -> None:
     if args.run:
         # imports are not what is measured
         import compressed_tensors.compressors.pack_quantized.helpers  # noqa: F401
-        import gptq.quantize  # noqa: F401
+        import gptq.method  # noqa: F401
         import harness.sequential  # noqa: F401
         import transformers  # noqa: F401
 

@@ -403,3 +403,13 @@ def test_killed_passes_resume_to_the_same_bytes(sources, tmp_path):
 @pytest.mark.slow
 def test_passes_killed_at_ten_moments_and_at_every_rename(sources, tmp_path):
     killed_runs_equal_the_undisturbed_one(sources["llama"], tmp_path, 10, 1, [*range(18), -1])
+
+
+def test_shards_are_readable_as_the_umask_says(tmp_path):
+    """A server under another user reads them; the safetensors library alone would make them 0600."""
+    old = os.umask(0o022)
+    try:
+        writer.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

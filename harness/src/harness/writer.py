@@ -221,10 +221,19 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(ready, beside, metadata={"format": "pt"})
+        beside.chmod(_file_mode())
         os.replace(beside, path)
     except Exception as error:
         beside.unlink(missing_ok=True)
         raise _disk_error(path, error) from error
+
+
+def _file_mode() -> int:
+    """What a new file gets by this process's umask; the safetensors library makes its own 0600, and
+    a server under another user could not read the result."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _disk_error(path: Path, error: Exception) -> Exception:

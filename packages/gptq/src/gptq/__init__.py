@@ -9,10 +9,7 @@ __all__ = ["quantize"]
 def __getattr__(name: str):
     # Loaded on first use: the command line answers --help without importing torch.
     if name == "quantize":
-        import importlib
+        from gptq.method import quantize
 
-        function = importlib.import_module("gptq.quantize").quantize
-        # The import has just bound the submodule of that name here; the function is meant.
-        globals()[name] = function
-        return function
+        return quantize
     raise AttributeError(name)

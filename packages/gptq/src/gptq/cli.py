@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     out = args.out or f"{Path(args.model).name}-{'rtn' if args.nearest else 'gptq'}-w{args.wbits}"
 
-    from gptq.quantize import quantize
+    from gptq.method import quantize
     from harness import card, distributed
 
     try:
