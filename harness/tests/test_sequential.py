@@ -406,7 +406,7 @@ def test_passes_killed_at_ten_moments_and_at_every_rename(sources, tmp_path):
 
 
 def test_shards_are_readable_as_the_umask_says(tmp_path):
-    """A server under another user reads them; the safetensors library alone would make them 0600."""
+    """A server under another user reads them; the library alone would make them 0600."""
     old = os.umask(0o022)
     try:
         writer.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
