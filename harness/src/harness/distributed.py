@@ -6,6 +6,7 @@ on CUDA. Every rank sees the same files; rank 0 alone writes.
 
 import os
 import sys
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -25,9 +26,18 @@ def start(device: str) -> str:
     return device
 
 
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def group():
+    """Leave the process group when the body ends. After a success all ranks leave together: one
+    that leaves while another still talks to it can abort on its way out, with the result long
+    written (seen once with gloo). After an error nobody waits."""
+    try:
+        yield
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     from gptq.method import quantize
     from harness import card, distributed
 
-    try:
+    with distributed.group():
         rows = quantize(
             args.model, args.dataset, out=out, wbits=args.wbits, groupsize=args.groupsize,
             sym=args.sym, percdamp=args.percdamp, nsamples=args.nsamples, seqlen=args.seqlen,
@@ -126,13 +126,12 @@ def _run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite, resume=args.resume, dry_run=args.dry_run,
             command=card.command_line(),
         )  # fmt: skip
-        if distributed.rank() == 0 and not args.dry_run:
-            _print_table(rows)
-            print(f"written to {out}")
-            if args.eval is not None:
-                _evaluate(out, args.eval or ["wikitext2", "ptb", "c4"], args)
-    finally:
-        distributed.stop()
+        lead = distributed.rank() == 0
+    if lead and not args.dry_run:
+        _print_table(rows)
+        print(f"written to {out}")
+        if args.eval is not None:
+            _evaluate(out, args.eval or ["wikitext2", "ptb", "c4"], args)
 
 
 def _print_table(rows: list[dict]) -> None:
