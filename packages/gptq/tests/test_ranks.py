@@ -26,8 +26,10 @@ def test_two_ranks_equal_one(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
-        assert f"ranks {1 + (name == 'two')}, exit code 0" in done.stderr
+        # Every rank's own word, not the launcher's exit code: gloo has been seen to abort a process
+        # that had left the group and was only shutting down (once in some thirty runs).
+        ranks = 1 + (name == "two")
+        assert done.stderr.count(f"ranks {ranks}, exit code 0") == ranks, done.stderr
         files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
         results[name] = {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in files}
     assert {Path(p).parts[0] for p in results["one"]} == {
