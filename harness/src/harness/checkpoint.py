@@ -160,13 +160,8 @@ class Weights:
     @cached_property
     def names(self) -> set[str]:
         """Logical tensor names."""
-        suffix = formats.SUFFIXES.get(self.layout)
-        if suffix is None:
-            return set(self._where)
-        packed = {n.removesuffix(suffix) for n in self._where if n.endswith(suffix)}
-        self._packed = packed
-        plain = {n for n in self._where if n.rpartition(".")[0] not in packed or n.endswith("bias")}
-        return plain | {f"{n}.weight" for n in packed}
+        self._packed, plain = formats.split_names(self._where, self.layout)
+        return plain | {f"{n}.weight" for n in self._packed}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor by logical name, from the file's header; None for packed ones."""

@@ -15,6 +15,8 @@ Version 1 stores zero - 1; an asymmetric zero of 0 does not fit there, so asymme
 written as version 2, which stores the zero itself.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -46,6 +48,16 @@ def check(layout: str, grid: Grid, shapes: dict[str, tuple[int, int]]) -> None:
                 f"the gptq format needs sizes whose {grid.bits}-bit values fill 32-bit words; "
                 f"{name} is {rows} x {columns}. Use --format compressed-tensors or dense."
             )
+
+
+def split_names(names: Iterable[str], layout: str) -> tuple[set[str], set[str]]:
+    """The linears packed in ``layout``, and the tensors that are no part of any of them."""
+    suffix = SUFFIXES.get(layout)
+    if suffix is None:
+        return set(), set(names)
+    packed = {n.removesuffix(suffix) for n in names if n.endswith(suffix)}
+    plain = {n for n in names if n.rpartition(".")[0] not in packed or n.endswith(".bias")}
+    return packed, plain
 
 
 def encode(name: str, weight: QuantizedWeight, layout: str) -> dict[str, torch.Tensor]:

@@ -274,13 +274,8 @@ def decode_block(
     conv1d: bool,
 ) -> dict[str, torch.Tensor]:
     """Logical tensors of a stored block, as the model holds them: packed linears dequantized."""
-    suffix = formats.SUFFIXES.get(layout)
-    packed = {n.removesuffix(suffix) for n in tensors if n.endswith(suffix)} if suffix else set()
-    logical = {
-        n: t
-        for n, t in tensors.items()
-        if n.rpartition(".")[0] not in packed or n.endswith(".bias")
-    }
+    packed, plain = formats.split_names(tensors, layout)
+    logical = {name: tensors[name] for name in plain}
     for name in packed:
         weight = formats.decode(tensors.__getitem__, name, layout, quantization)
         dense = weight.dequantize(dtype)
