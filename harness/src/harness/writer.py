@@ -103,7 +103,9 @@ class Writer:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._write_state()
         self.partial.mkdir(parents=True, exist_ok=True)
-        for leftover in self.partial.glob("*.tmp"):
+        # Half-written files, under our names or the safetensors library's, and what finish() makes.
+        shards = {self.shard(index) for index in range(blocks + 1)}
+        for leftover in set(self.partial.iterdir()) - shards:
             leftover.unlink()
 
     def _forget(self) -> None:
