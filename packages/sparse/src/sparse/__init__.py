@@ -1,0 +1,1 @@
+"""SparseGPT, Wanda, magnitude pruning, LLM-Pruner, and recovery."""
