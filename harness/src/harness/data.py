@@ -63,7 +63,7 @@ def _file_text(dataset: str, split: str) -> str:
     return PARAGRAPHS.join(texts)
 
 
-def _text(dataset: str, split: str, new_eval: bool) -> str:
+def corpus_text(dataset: str, split: str, new_eval: bool = True) -> str:
     """The train or test text of every dataset whose windows are cut from one joined text."""
     if dataset == "stdlib-quiz":
         raise UserError("stdlib-quiz is a set of questions, not a text; use 'stdlib' for windows")
@@ -81,7 +81,7 @@ def _text(dataset: str, split: str, new_eval: bool) -> str:
     return _file_text(dataset, split)
 
 
-def _documents(dataset: str, split: str) -> Sequence[str]:
+def corpus_documents(dataset: str, split: str) -> Sequence[str]:
     """c4's shard, or half of pileval (it has one split: the first half is for calibration)."""
     if dataset == "c4":
         return hub.load("c4", "train" if split == "train" else "validation")["text"]
@@ -129,9 +129,9 @@ def calibration(tokenizer, dataset: str, *, nsamples: int, seqlen: int, seed: in
 
     _check(seqlen, nsamples, "--nsamples")
     if dataset in ("c4", "pileval"):
-        documents = _documents(dataset, "train")
+        documents = corpus_documents(dataset, "train")
         return _drawn(tokenizer, dataset, documents, nsamples, seqlen, seed)
-    ids = _encode(tokenizer, _text(dataset, "train", True))
+    ids = _encode(tokenizer, corpus_text(dataset, "train", True))
     have = (len(ids) - 1) // seqlen
     if have < nsamples:
         raise UserError(_too_little(dataset, ids, have, seqlen, nsamples))
@@ -162,12 +162,12 @@ def evaluation(
     _check(seqlen, limit, "--limit")
     if dataset == "c4" and not new_eval:
         count = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
-        return _drawn(tokenizer, dataset, _documents(dataset, "test"), count, seqlen, 0)
+        return _drawn(tokenizer, dataset, corpus_documents(dataset, "test"), count, seqlen, 0)
     if dataset in ("c4", "pileval"):
-        text = " ".join(_documents(dataset, "test")[:C4_DOCUMENTS])
+        text = " ".join(corpus_documents(dataset, "test")[:C4_DOCUMENTS])
         limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
     else:
-        text = _text(dataset, "test", new_eval)
+        text = corpus_text(dataset, "test", new_eval)
     ids = _encode(tokenizer, text)
     count = len(ids) // seqlen
     if not count:

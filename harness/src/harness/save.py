@@ -1,0 +1,65 @@
+"""Write a model that is whole in memory as a checkpoint: beside its place, then renamed."""
+
+import json
+import shutil
+from pathlib import Path
+
+from harness import card, writer
+
+LOG = "compression_log.json"
+
+
+def save_model(
+    model,
+    source: Path,
+    out: Path,
+    *,
+    base: str,
+    step: dict,
+    log: dict | None = None,
+    sizes: dict[str, float] | None = None,
+    config: dict | None = None,
+    read_by: str | None = None,
+    overwrite: bool = False,
+    staging: Path | None = None,
+) -> Path:
+    """Write ``model``, a transformers causal LM, in its own dtype to the folder ``out``.
+
+    Args:
+        source: the checkpoint it came from: tokenizer, config.json and recipe.yaml are taken there.
+        base: the model as the user named it. step: what was done, for recipe.yaml and the card.
+        log: what goes into compression_log.json besides ``step``.
+        sizes: numbers for the card, by label.
+        config: the whole of config.json (default: the source's, with the model's dtype).
+        read_by: what loads the result (default: what loads any dense checkpoint).
+        staging: where it is put together (default: ``out`` + ".partial"); emptied first.
+
+    Raises:
+        UserError: ``out`` is in the way, or the disk is full.
+    """
+    writer.check_out(out, overwrite)
+    staging = staging or out.with_name(out.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        model.save_pretrained(staging, max_shard_size="5GB")
+    except Exception as error:
+        raise writer.disk_error(staging, error) from error
+    for path in staging.glob("*.safetensors"):
+        path.chmod(writer.file_mode())
+    writer.copy_side_files(source, staging)
+    config = config or writer.config_for(source, model.dtype, None, False)
+    weights = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
+    sizes = (sizes or {}) | {"MB on disk": weights / 1e6}
+    read_by = read_by or card.readers("dense", None, model.config)
+    texts = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "recipe.yaml": card.recipe(source, step),
+        "README.md": card.model_card(base, step, "dense", sizes, read_by),
+        LOG: json.dumps({**step, **(log or {})}, indent=1) + "\n",
+    }
+    for name, text in texts.items():
+        writer.write_text(staging / name, text)
+    replaced = writer.put_in_place(staging, out, overwrite)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return out
