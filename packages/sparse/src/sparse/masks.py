@@ -11,6 +11,7 @@ import torch
 PAIRWISE = 8
 VARIANT_ALPHA = 0.8
 VARIANT_TOLERANCE = 1e-3
+VARIANT_STEPS = 50  # ties can keep the sparsity from ever being met
 
 
 def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -79,11 +80,11 @@ def of_mass(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     low, high = 0.0, VARIANT_ALPHA
     if reached(counts(high)) < sparsity:
         low, high = high, 1.0
-    while True:
+    for _ in range(VARIANT_STEPS):
         alpha = (low + high) / 2
         count = counts(alpha)
         excess = reached(count) - sparsity
-        if abs(excess) <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE / 100:
+        if abs(excess) <= VARIANT_TOLERANCE:
             break
         low, high = (low, alpha) if excess > 0 else (alpha, high)
     place = torch.arange(scores.shape[1], device=scores.device)

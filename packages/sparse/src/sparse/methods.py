@@ -44,7 +44,7 @@ class Norms:
         """Add a batch of inputs [..., I] of any float dtype."""
         x = inputs.flatten(0, -2)
         self.tokens += len(x)
-        self.total += x.float().square_().sum(dim=0, dtype=torch.float64)
+        self.total += x.float().square().sum(dim=0, dtype=torch.float64)
 
     def reduce(self) -> None:
         """Sum over the ranks of the process group, if there is one."""
