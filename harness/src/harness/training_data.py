@@ -89,7 +89,7 @@ def _windows(ids: list[int], seqlen: int) -> list[Example]:
 
 
 def _text_ids(tokenizer, dataset: str, wanted: int | None, seed: int) -> list[int]:
-    """Tokens of the train split; of c4 and pileval, as many documents at random as make `wanted`."""
+    """Tokens of the train split; of c4 and pileval, of random documents, `wanted` at least."""
     if dataset not in ("c4", "pileval"):
         return _encode(tokenizer, data.corpus_text(dataset, "train"))
     documents = data.corpus_documents(dataset, "train")

@@ -1,0 +1,102 @@
+"""What an interrupted recovery goes on from.
+
+``OUT.partial/`` holds the state (trained weights and Adam's moments) of one step and the best
+weights so far; ``OUT.partial.json`` says what run they belong to and which files count. That file
+is replaced last, so a kill at any moment leaves a state that is whole.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from harness import distributed, writer
+from sparse.training import Progress
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Store:
+    """The files of one run. Rank 0 writes; every rank reads.
+
+    Raises:
+        UserError: ``out`` is in the way, or another run has begun there.
+    """
+
+    def __init__(self, out: Path, identity: dict, *, overwrite: bool, resume: bool):
+        self.out, self.identity = out, identity
+        self.partial = out.with_name(out.name + ".partial")
+        self.file = out.with_name(out.name + ".partial.json")
+        self.begun = distributed.lead(lambda: self._open(overwrite, resume))
+
+    def _open(self, overwrite: bool, resume: bool) -> dict | None:
+        """The record of the run that is to be gone on with, or None."""
+        writer.check_out(self.out, overwrite)
+        if resume and self.file.is_file():
+            record = json.loads(self.file.read_text())
+            writer.refuse_other_run(self.partial, record, self.identity)
+            if (self.partial / record.get("state", "")).is_file():
+                return record
+        self.forget()
+        self.partial.mkdir(parents=True)
+        return None
+
+    def forget(self) -> None:
+        self.file.unlink(missing_ok=True)
+        if self.partial.is_dir():
+            shutil.rmtree(self.partial)
+
+    @staticmethod
+    def _best(step: int) -> str:
+        return f"best-{step:07d}.safetensors"
+
+    def load(self, parameters: dict[str, nn.Parameter], optimizer) -> Progress | None:
+        """Put the saved step into ``parameters`` and ``optimizer``; None where there is none."""
+        if not self.begun:
+            return None
+        progress = Progress(**self.begun["progress"])
+        distributed.say(f"resuming: {progress.step} steps are done")
+        with safe_open(self.partial / self.begun["state"], framework="pt") as file:
+            for name, parameter in parameters.items():
+                parameter.data.copy_(file.get_tensor(f"parameter:{name}"))
+                if f"exp_avg:{name}" in file.keys():  # noqa: SIM118
+                    moments = {
+                        key: file.get_tensor(f"{key}:{name}").to(parameter.device)
+                        for key in MOMENTS
+                    }
+                    step = torch.tensor(float(progress.step))
+                    optimizer.state[parameter] = {"step": step, **moments}
+        return progress
+
+    def save(self, progress: Progress, parameters: dict[str, nn.Parameter], optimizer) -> None:
+        """Save everything about this step; what it makes needless is deleted."""
+
+        def write():
+            tensors = {f"parameter:{name}": p for name, p in parameters.items()}
+            for name, parameter in parameters.items():
+                for key in MOMENTS:
+                    if key in optimizer.state[parameter]:
+                        tensors[f"{key}:{name}"] = optimizer.state[parameter][key]
+            state = f"state-{progress.step:07d}.safetensors"
+            writer.save_tensors(self.partial / state, tensors)
+            record = {**self.identity, "state": state, "progress": asdict(progress)}
+            writer.write_text(self.file, json.dumps(record, indent=1))
+            needed = {state, self._best(progress.best_step)}
+            for path in self.partial.iterdir():
+                if path.name not in needed and path.is_file():
+                    path.unlink()
+
+        distributed.lead(write)
+
+    def keep_best(self, step: int, parameters: dict[str, nn.Parameter]) -> None:
+        distributed.lead(lambda: writer.save_tensors(self.partial / self._best(step), parameters))
+
+    def load_best(self, step: int, parameters: dict[str, nn.Parameter]) -> None:
+        """Put the weights of the best look into ``parameters``."""
+        with safe_open(self.partial / self._best(step), framework="pt") as file:
+            for name, parameter in parameters.items():
+                parameter.data.copy_(file.get_tensor(name))
