@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from harness import distributed, formats, memory, writer
+from harness import bitmask, distributed, formats, memory, writer
 from harness.decoder import batches
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight
@@ -46,8 +46,8 @@ class Method:
         update: (stage's matrices by name, statistics or None, "block 3") -> Update by name.
         statistics: (columns, device) -> accumulator, or None.
         true_sequential: the order, see above.
-        layout: one of :data:`harness.formats.FORMATS`.
-        grid: of the packed result; None for dense.
+        layout: one of :data:`harness.formats.FORMATS` or PRUNED_FORMATS.
+        grid: of the packed result; None for dense and bitmask.
         actorder: whether packed groups were solved in act-order (recorded in the config).
     """
 
@@ -183,7 +183,7 @@ class BlockPass:
             packed = isinstance(update.weight, QuantizedWeight)
             dtype = self.decoder.dtype
             set_matrix(modules[name], update.weight.dequantize(dtype) if packed else update.weight)
-            if packed and self.method.layout == "dense":
+            if packed and self.method.layout in formats.PRUNED_FORMATS:
                 update.weight = None  # the module holds all that will be stored
         return updates
 
@@ -197,6 +197,8 @@ class BlockPass:
             own = {f"{prefix}.{name}": value}
             if update is not None and isinstance(update.weight, QuantizedWeight):
                 own = formats.encode(f"{prefix}.{linear}", update.weight, self.method.layout)
+            elif update is not None and self.method.layout == "bitmask":
+                own = bitmask.encode(f"{prefix}.{linear}", value)
             if update is not None:
                 linear_bytes[linear] = sum(t.nbytes for t in own.values())
             tensors |= own

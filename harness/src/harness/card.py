@@ -22,6 +22,8 @@ def readers(layout: str, grid, config) -> str:
     """
     if layout == "dense":
         return "transformers, vLLM, and everything else that reads Hugging Face checkpoints"
+    if layout == "bitmask":
+        return "the harness only (harness convert --format dense makes it readable by all)"
     if config.model_type in CONV1D:
         return "the harness only (transformers has no packed form of GPT-2's Conv1D)"
     served = ""
@@ -68,13 +70,16 @@ def model_card(base: str, step: dict, layout: str, sizes: dict[str, float], read
         if data
         else "none needed"
     )
+    # A conversion changes no weight, and the base may be anything.
+    compressed = step["method"] != "convert"
+    done = f"compressed with {step['method']}" if compressed else f"stored as {layout}"
     settings = "\n".join(f"| {key} | {value} |" for key, value in step["settings"].items())
     size_lines = "\n".join(f"| {label} | {value:.2f} |" for label, value in sizes.items())
     return f"""---
 base_model: {base}
 tags: [{step["method"]}, llm-compression]
 ---
-# {Path(base).name}, compressed with {step["method"]}
+# {Path(base).name}, {done}
 
 Made from `{base}` with
 

@@ -115,7 +115,7 @@ def load_tokenizer(model: str | Path):
 
 
 class Weights:
-    """The tensors of a checkpoint folder, read one at a time, packed matrices dequantized.
+    """The tensors of a checkpoint folder, read one at a time, packed matrices unpacked.
 
     Logical names: a packed linear X appears as ``X.weight``, whatever its layout.
     """
@@ -158,14 +158,18 @@ class Weights:
         return self._files[file]
 
     @cached_property
+    def _split(self) -> tuple[set[str], set[str]]:
+        return formats.split_names(self._where, self.layout)
+
+    @cached_property
     def names(self) -> set[str]:
         """Logical tensor names."""
-        self._packed, plain = formats.split_names(self._where, self.layout)
-        return plain | {f"{n}.weight" for n in self._packed}
+        packed, plain = self._split
+        return plain | {f"{n}.weight" for n in packed}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor by logical name, from the file's header; None for packed ones."""
-        if name not in self._where:
+        if name not in self._where or name.removesuffix(".weight") in self._split[0]:
             return None
         opened = self._open(self._where[name])
         tensor = opened[name] if isinstance(opened, dict) else opened.get_slice(name)
@@ -191,10 +195,11 @@ class Weights:
     def read(self, name: str, dtype=None):
         """A tensor by logical name; floating tensors in ``dtype`` (None: as stored)."""
         linear = name.removesuffix(".weight")
-        if name in self.names and self.layout != "dense" and linear in self._packed:
-            weight = formats.decode(self.stored, linear, self.layout, self.quantization)
-            dense = weight.dequantize(dtype or self.dtype)
-            return dense.T.contiguous() if self.config.get("harness_conv1d") else dense
+        if name.endswith(".weight") and linear in self._split[0]:
+            conv1d = self.config.get("harness_conv1d", False)
+            return formats.matrix(
+                self.stored, linear, self.layout, self.quantization, dtype or self.dtype, conv1d
+            )
         tensor = self.stored(name)
         return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
@@ -310,6 +315,11 @@ def load_dense(folder: Path, dtype):
 
 
 def _load_bitsandbytes(folder: Path, load: str, dtype, device: str, weights: Weights):
+    if weights.layout == "bitmask":
+        raise UserError(
+            f"{folder} is stored as bitmask; --load needs a dense one: "
+            f"harness convert {folder} --format dense --out DENSE"
+        )
     if weights.layout != "dense":
         raise UserError(
             f"{folder} is already quantized ({weights.layout}); --load needs a dense one."

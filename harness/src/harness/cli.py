@@ -1,4 +1,4 @@
-"""`harness eval | compare | info`, and what every command line of the house shares.
+"""The `harness` command, and what every command line of the house shares.
 
 Nothing heavy is imported at module level: arguments are parsed first, so `--help` is immediate.
 """
@@ -22,17 +22,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("shared by all commands")
     group.add_argument("--out", metavar="PATH", help="where the result is written")
-    group.add_argument(
-        "--device",
-        default="auto",
-        help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...",
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="dtype of the computation (default auto: the one the checkpoint is stored in)",
-    )
+    add_numerics(group)
     group.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
     group.add_argument(
         "--resume",
@@ -45,6 +35,21 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="resolve everything, print the plan and what it needs, write nothing, exit 0",
+    )
+
+
+def add_numerics(group) -> None:
+    """Add `--device` and `--dtype` to a parser or a group of one."""
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...",
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="dtype of the computation (default auto: the one the checkpoint is stored in)",
     )
 
 
@@ -95,6 +100,12 @@ EPILOG = """examples:
       bitsandbytes' NF4, quantized while loading
   harness compare A/ B/ results/C.json --plot frontier.png
       one table, and quality against size
+  harness compare results/*.json --curve curve.png --bubble bubble.png
+      perplexity against pruning ratio; quality x time x size
+  harness generate DENSE PRUNED --prompt "def add(a, b):"
+      continuations side by side
+  harness convert PRUNED --format bitmask --out SMALL
+      the same weights without the zeros; --format dense goes back
   harness info OUT
       what a checkpoint is, how it was made, what reads it
 """
@@ -111,6 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _eval_parser(commands)
     _compare_parser(commands)
+    _generate_parser(commands)
+    _convert_parser(commands)
     info = commands.add_parser("info", help="what a checkpoint is, how it was made, what reads it")
     info.add_argument("model", metavar="MODEL", help="folder, hub id or embedded name")
     return parser
@@ -219,6 +232,54 @@ def _compare_parser(commands) -> None:
         "results", nargs="+", metavar="RESULTS", help="JSON files, or folders with results.json"
     )
     parser.add_argument("--plot", metavar="PNG", help="draw quality and speed against size")
+    parser.add_argument(
+        "--curve", metavar="PNG", help="draw perplexity against pruning ratio, a line per method"
+    )
+    parser.add_argument(
+        "--bubble",
+        metavar="PNG",
+        help="draw perplexity against decoding time, bubbles as large as the models (--speed)",
+    )
+
+
+def _generate_parser(commands) -> None:
+    parser = commands.add_parser(
+        "generate", help="greedy continuations by several models, side by side"
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders, hub ids, embedded")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="may be given several times (default: three functions of the stdlib corpus)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        "--max_new_tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="length of a continuation, unless the model ends it earlier (default 64)",
+    )
+    parser.add_argument(
+        "--load", choices=["nf4", "nf4-dq", "int8"], help="quantize while loading, as in eval"
+    )
+    add_numerics(parser)
+
+
+def _convert_parser(commands) -> None:
+    parser = commands.add_parser(
+        "convert", help="store a checkpoint another way: its zeros left out, or dense again"
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id or embedded name")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=["dense", "bitmask"],
+        help="bitmask: a bit per weight and the nonzero ones, read by the harness; dense: ordinary "
+        "safetensors, from bitmask or packed ones too",
+    )
+    add_shared_flags(parser)
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -236,12 +297,27 @@ def _compare(args: argparse.Namespace) -> int:
     print(report.comparison(loaded))
     for label in report.differing_protocols(loaded):
         print(f"note: {label} was not measured alike in all of these", file=sys.stderr)
-    if args.plot:
+    if args.plot or args.curve or args.bubble:
+        from harness.curves import bubble, curve
         from harness.plot import plot
 
-        plot(loaded, Path(args.plot))
-        print(f"\nplot: {args.plot}")
+        for path, draw in ((args.plot, plot), (args.curve, curve), (args.bubble, bubble)):
+            if path:
+                draw(loaded, Path(path))
+                print(f"\nplot: {path}")
     return DONE
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from harness.generate import generate
+
+    return generate(args)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from harness.convert import convert
+
+    return convert(args)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -254,5 +330,11 @@ def _info(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The `harness` command; returns the exit code (see `run`)."""
     args = build_parser().parse_args(argv)
-    bodies = {"eval": _eval, "compare": _compare, "info": _info}
+    bodies = {
+        "eval": _eval,
+        "compare": _compare,
+        "generate": _generate,
+        "convert": _convert,
+        "info": _info,
+    }
     return run(lambda: bodies[args.command](args))

@@ -17,6 +17,7 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 PACKED = {
     "weight_packed": ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
     "qweight": ("qzeros", "scales", "g_idx"),
+    "weight_bitmask": ("weight", "weight_shape"),
 }
 
 
@@ -92,7 +93,10 @@ def _header(path: Path) -> dict[str, Stored]:
 
 
 def packed_linears(tensors: Mapping[str, Stored]) -> dict[str, tuple[tuple[int, int], int]]:
-    """Linear name -> ((rows, columns) of the dense matrix it stands for, bytes of its tensors)."""
+    """Linear name -> ((rows, columns) of the dense matrix it stands for, bytes of its tensors).
+
+    Pruned linears without their zeros are among them.
+    """
     found = {}
     for name, stored in tensors.items():
         linear, _, suffix = name.rpartition(".")
@@ -158,8 +162,9 @@ def footprint(folder: Path, tied: bool = False) -> Footprint:
     tensors = read_headers(folder)
     packed = packed_linears(tensors)
     belongs = {f"{linear}.{s}" for linear in packed for k, v in PACKED.items() for s in (k, *v)}
-    quantized = sum(prod(shape) for shape, _ in packed.values())
-    plain = 0
+    masked = {linear for linear in packed if f"{linear}.weight_bitmask" in tensors}
+    quantized = sum(prod(shape) for linear, (shape, _) in packed.items() if linear not in masked)
+    plain = sum(prod(packed[linear][0]) for linear in masked)
     for name, stored in tensors.items():
         if name in belongs or not is_parameter(name, stored.shape) or stored.dtype not in BYTES:
             continue
@@ -170,7 +175,7 @@ def footprint(folder: Path, tied: bool = False) -> Footprint:
     if not parameters:
         raise UserError(f"{folder} holds no weights")
     stored_bytes = sum(t.nbytes for t in tensors.values())
-    packed_bytes = sum(nbytes for _, nbytes in packed.values())
+    packed_bytes = sum(nbytes for linear, (_, nbytes) in packed.items() if linear not in masked)
     return Footprint(
         parameters=parameters,
         quantized_parameters=quantized,

@@ -1,4 +1,4 @@
-"""How a quantized matrix is laid out in a file, both ways: compressed-tensors and GPTQ.
+"""How a compressed matrix is laid out in a file, both ways: compressed-tensors, GPTQ, bitmask.
 
 Legend: O out features, I in features, G groups per row.
 
@@ -8,6 +8,7 @@ Legend: O out features, I in features, G groups per row.
 |                    | X.weight_shape int64 [2]; asymmetric: X.weight_zero_point int32, along O |
 | gptq               | X.qweight int32 [I * bits / 32, O], X.qzeros int32 [G, O * bits / 32], |
 |                    | X.scales float16 [G, O], X.g_idx int32 [I] |
+| bitmask            | a pruned matrix without its zeros: bitmask.py |
 
 The first is packed by the compressed-tensors library itself: 32 // bits values per word, so that 3
 bits take 3.2. GPTQ's words hold a plain little-endian bit stream (3-bit values straddle words).
@@ -20,12 +21,18 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from harness import bitmask
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight
 
 FORMATS = ("compressed-tensors", "gptq", "dense")
+PRUNED_FORMATS = ("dense", "bitmask")
 GPTQ_BITS = (2, 3, 4, 8)
-SUFFIXES = {"compressed-tensors": ".weight_packed", "gptq": ".qweight"}
+SUFFIXES = {
+    "compressed-tensors": ".weight_packed",
+    "gptq": ".qweight",
+    "bitmask": ".weight_bitmask",
+}
 
 
 def scale_dtype(layout: str, model_dtype: torch.dtype) -> torch.dtype:
@@ -76,8 +83,23 @@ def decode(read, name: str, layout: str, config: dict) -> QuantizedWeight:
     return _decode_compressed_tensors(read, name, config)
 
 
-def quantization_config(grid: Grid, layout: str, actorder: bool, ignore: list[str]) -> dict:
+def matrix(
+    read, name: str, layout: str, config: dict, dtype: torch.dtype, conv1d: bool
+) -> torch.Tensor:
+    """The matrix that linear ``name`` is stored for, as the model's state dict holds it.
+
+    ``conv1d``: the model holds [in, out] where packed layouts hold [out, in].
+    """
+    if layout == "bitmask":
+        return bitmask.decode(read, name).to(dtype)
+    dense = decode(read, name, layout, config).dequantize(dtype)
+    return dense.T.contiguous() if conv1d else dense
+
+
+def quantization_config(grid: Grid | None, layout: str, actorder: bool, ignore: list[str]) -> dict:
     """What goes into config.json so that transformers and vLLM recognise the checkpoint."""
+    if layout == "bitmask":
+        return dict(bitmask.CONFIG)
     if layout == "gptq":
         return {
             "quant_method": "gptq",
@@ -122,7 +144,7 @@ def grid_of(config: dict) -> Grid:
 
 
 def layout_of(config: dict | None) -> str:
-    """ "dense", "compressed-tensors", "gptq", or "other" for what a third library must load."""
+    """One of the formats above, or "other" for what a third library must load."""
     if not config:
         return "dense"
     method = config.get("quant_method")
@@ -130,7 +152,7 @@ def layout_of(config: dict | None) -> str:
         return "compressed-tensors"
     if method == "gptq" and not config.get("desc_act"):
         return "gptq"
-    return "other"
+    return "bitmask" if method == "bitmask" else "other"
 
 
 def _encode_compressed_tensors(weight: QuantizedWeight) -> dict[str, torch.Tensor]:

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
-from harness import card, checkpoint, formats
+from harness import card, checkpoint, formats, sparsity
 from harness.footprint import Footprint, linear_shapes, stored_size
 from harness.macs import macs_per_token, skeleton
 from harness.perplexity import context_length, window_length
 
 
 def info(model: str) -> str:
-    """A two-column text about the checkpoint that `model` names; no weight is read."""
+    """A two-column text about the checkpoint that `model` names.
+
+    Of dense and bitmask checkpoints the zeros are counted, which reads every block once.
+    """
     folder = checkpoint.resolve(model)
     config = checkpoint.load_config(folder)
     text = config.get_text_config()
@@ -19,6 +22,7 @@ def info(model: str) -> str:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
+    steps = _steps(folder)
     shape = f"{text.num_hidden_layers} blocks of width {text.hidden_size}"
     lines = [
         ("folder", str(folder)),
@@ -28,9 +32,11 @@ def info(model: str) -> str:
         ("parameters", f"{size.parameters / 1e6:,.2f} M"),
         ("bits", _bits(size)),
         ("weight files", f"{size.disk_bytes / 1e6:,.2f} MB"),
+        *_zeros(folder, formats.layout_of(quantization), size.disk_bytes),
+        *_smaller(steps),
         ("arithmetic", f"{macs['total'] / 1e6:,.2f} MMAC per token, over {length} keys"),
         ("read by", _readers(quantization, config)),
-        *_recipe(folder),
+        *_recipe(steps),
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
@@ -42,6 +48,8 @@ def _stored_as(quantization: dict | None) -> str:
         return f"{quantization.get('quant_method', 'unknown')} (another library's)"
     if layout == "dense":
         return "dense"
+    if layout == "bitmask":
+        return "bitmask: a bit per weight and the weights that are not zero"
     grid = formats.grid_of(quantization)
     group = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
     kind = "symmetric" if grid.symmetric else "asymmetric"
@@ -59,17 +67,47 @@ def _readers(quantization: dict | None, config) -> str:
     layout = formats.layout_of(quantization)
     if layout == "other":
         return "transformers, with the library that made it"
-    grid = None if layout == "dense" else formats.grid_of(quantization)
+    pruned = layout in formats.PRUNED_FORMATS
+    grid = None if pruned else formats.grid_of(quantization)
     return card.readers(layout, grid, config)
 
 
-def _recipe(folder: Path) -> list[tuple[str, str]]:
+def _zeros(folder: Path, layout: str, disk: int) -> list[tuple[str, str]]:
+    """Lines about zeros, where there are enough of them to matter."""
+    if layout not in formats.PRUNED_FORMATS:
+        return []
+    found = sparsity.of_checkpoint(folder)
+    if found.share < sparsity.WORTH_SAYING:
+        return []
+    shares = [100 * zeros / weights for weights, zeros in found.blocks]
+    spread = f"{min(shares):.1f} to {max(shares):.1f} % by block"
+    other = "bitmask" if layout == "dense" else "dense"
+    saved = found.dense_bytes - found.bitmask_bytes
+    size = disk - saved if layout == "dense" else disk + saved
+    return [
+        ("zeros", f"{100 * found.share:.2f} % of the blocks' linears, {spread}"),
+        (f"as {other}", f"{size / 1e6:,.2f} MB (harness convert --format {other})"),
+        ("speed", sparsity.NO_KERNELS),
+    ]
+
+
+def _smaller(steps: list[dict]) -> list[tuple[str, str]]:
+    structured = any("pruning_ratio" in step["settings"] for step in steps if "settings" in step)
+    return [("speed", sparsity.SMALLER)] if structured else []
+
+
+def _steps(folder: Path) -> list[dict]:
     path = folder / "recipe.yaml"
     if not path.is_file():
-        return [("recipe", "none")]
+        return []
     import yaml
 
-    steps = yaml.safe_load(path.read_text(encoding="utf-8"))["steps"]
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["steps"]
+
+
+def _recipe(steps: list[dict]) -> list[tuple[str, str]]:
+    if not steps:
+        return [("recipe", "none")]
     return [
         (f"step {number}", str(step.get("command") or step.get("method")))
         for number, step in enumerate(steps, 1)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from harness import checkpoint, data
+from harness import checkpoint, data, formats, sparsity
 from harness.errors import UserError
 from harness.footprint import linear_shapes, loaded_bits_per_weight, memory_bytes, stored_size
 from harness.perplexity import context_length, window_length
@@ -55,6 +55,13 @@ class Subject:
 
         return macs_per_token(skeleton(self.config), self.seqlen, linear_shapes(self.folder))
 
+    @cached_property
+    def layout(self) -> str:
+        """How the weights are stored, one of harness.formats' or "other"."""
+        return formats.layout_of(
+            checkpoint.read_json(self.folder / "config.json").get("quantization_config")
+        )
+
     def stream(self, folder: Path, windows):
         """(start, logits) of the checkpoint in `folder`, a block in memory at a time."""
         from harness.decoder import stream_logits
@@ -100,10 +107,42 @@ def footprint_step(subject: Subject, loads: bool) -> Step:
         protocol = f"multiply-accumulates; attention over {subject.seqlen} keys"
         rows.append(row("MMAC/token", subject.macs["total"] / 1e6, 2, protocol=protocol))
         details = {**size.as_dict(), "memory_bytes": memory, "macs_per_token": subject.macs}
+        zeros = _zeros(subject, loads and not load)
+        if zeros:
+            rows += _zeros_rows(subject.layout, zeros, size.disk_bytes)
+            details["sparsity"] = zeros.as_dict()
         return rows, details
 
     settings = {**subject.numerics, "seqlen": subject.seqlen, "memory": loads}
     return Step("footprint", settings, "sizes from the files' headers", measure)
+
+
+def _zeros(subject: Subject, loaded: bool) -> sparsity.Sparsity | None:
+    """Zeros in the blocks, of the loaded model where there is one; None for quantized weights, of
+    which many round to zero and none is stored the cheaper for it."""
+    if subject.layout not in formats.PRUNED_FORMATS:
+        return None
+    if not loaded:
+        return sparsity.of_checkpoint(subject.folder)
+    return sparsity.of_model(subject.model, checkpoint.Weights(subject.folder).dtype.itemsize)
+
+
+def _zeros_rows(layout: str, zeros: sparsity.Sparsity, disk: int) -> list[dict]:
+    if zeros.share < sparsity.WORTH_SAYING:
+        return []
+    saved = zeros.dense_bytes - zeros.bitmask_bytes
+    other = "bitmask" if layout == "dense" else "dense"
+    size = disk - saved if layout == "dense" else disk + saved
+    return [
+        row(
+            "zeros %",
+            100 * zeros.share,
+            2,
+            protocol=f"of the blocks' linears; {sparsity.NO_KERNELS}",
+            main=True,
+        ),
+        row(f"MB as {other}", size / 1e6, 2, protocol=f"by harness convert --format {other}"),
+    ]
 
 
 def perplexity_step(subject: Subject, dataset: str) -> Step:
@@ -291,15 +330,19 @@ def speed_step(subject: Subject) -> Step:
         else:
             result = speed.measure(subject.model, **sizes)
         protocol = f"{args.engine} on {result.device}, batch {batch}, median of {result.repeats}"
-        if args.engine == "transformers" and hasattr(subject.config, "quantization_config"):
-            protocol += "; weights dequantized on load, so as slow as dense"
+        if args.engine == "transformers" and subject.layout != "dense":
+            protocol += "; weights unpacked on load, so as slow as dense"
         share = 100 * result.read_gb_s / result.copy_gb_s
+        step_ms = 1e3 * batch / result.decode_tokens_s
+        seconds = result.first_token_s + (new - 1) * step_ms / 1e3
         high, low = {"better": "higher"}, {"better": "lower"}
         with_new, with_prompt = {"samples": f"{new} tokens"}, {"samples": f"{prompt} tokens"}
         rows = [
             row("decode tokens/s", result.decode_tokens_s, 1, main=True, **high, **with_new),
             row("prefill tokens/s", result.prefill_tokens_s, 1, **high, **with_prompt),
             row("first token, ms", 1e3 * result.first_token_s, 2, **low, **with_prompt),
+            row("decode, ms/token", step_ms, 2, **low, **with_new),
+            row("generation, s", seconds, 3, samples=f"{prompt} + {new} tokens", **low),
         ]
         for line in rows:
             line["protocol"] = protocol
@@ -310,7 +353,7 @@ def speed_step(subject: Subject) -> Step:
             )
         bandwidth = f"{share:.0f} % of a copy's {result.copy_gb_s:.1f} GB/s on this machine"
         rows.append(row("weights read, GB/s", result.read_gb_s, 2, protocol=bandwidth, **high))
-        return rows, result.as_dict()
+        return rows, result.as_dict() | {"decode_ms_token": step_ms, "generation_s": seconds}
 
     settings = {
         **subject.numerics,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from harness import writer
+from harness import formats, writer
 from harness.sequential import Method
+from harness.sparsity import nominal_ratio
 from harness.stages import get_matrix, linears
 
 
@@ -23,7 +24,10 @@ def print_plan(decoder, method: Method, out: str | Path, tokens: int) -> None:
     """
     writer.check_out(Path(out), overwrite=True)
     speed = _multiply_adds_per_second(decoder.device, decoder.dtype)
-    bits = method.grid.bits if method.grid and method.layout != "dense" else None
+    packed = method.grid and method.layout not in formats.PRUNED_FORMATS
+    bits = method.grid.bits if packed else None
+    kept = 1 - (nominal_ratio(method.settings) or 0) + 1 / (8 * decoder.dtype.itemsize)
+    share = min(kept, 1) if method.layout == "bitmask" else 1
     item = decoder.dtype.itemsize
     print(f"{method.name}: {len(decoder)} blocks -> {out} ({method.layout}, {decoder.dtype})")
     print("| blocks | linears | weights (M) | memory (GB) | disk (MB) | time (s) |")
@@ -37,7 +41,7 @@ def print_plan(decoder, method: Method, out: str | Path, tokens: int) -> None:
         activations = tokens * sum(o + i for o, i in shapes) * item
         memory = (weights * item + hidden + statistics + activations) / 1e9
         scales = weights / method.grid.columns_per_group(widest) * item if bits else 0
-        disk = (weights * bits / 8 + scales if bits else weights * item) / 1e6
+        disk = (weights * bits / 8 + scales if bits else weights * item * share) / 1e6
         work = tokens * weights + sum(tokens * i * i / 2 + o * i * i for o, i in shapes)
         seconds = work / speed if tokens else weights / 1e8
         count = last - first + 1

@@ -48,10 +48,10 @@ def panels(all_results: Sequence[dict]) -> list[tuple[str, str, list[tuple[int, 
 
 
 def method(results: dict) -> str:
-    """What the points are coloured by: the last step of the recipe, or "dense"."""
-    if not results["recipe"]:
-        return "dense"
-    return str(results["recipe"][-1].get("method", "other"))
+    """What the points are coloured by: the last step of the recipe that changed a weight, or
+    "dense"."""
+    methods = [str(step.get("method", "other")) for step in results["recipe"]]
+    return next((name for name in reversed(methods) if name != "convert"), "dense")
 
 
 def plot(all_results: Sequence[dict], path: Path) -> None:
@@ -85,9 +85,9 @@ def plot(all_results: Sequence[dict], path: Path) -> None:
         )
         sizes, values = ([p[i] for p in points] for i in (1, 2))
         if max(sizes) > 3 * min(sizes) > 0:
-            _logarithmic(axis.xaxis, axis.set_xscale)
+            logarithmic(axis.xaxis, axis.set_xscale)
         if better == "lower" and max(values) > 3 * min(values) > 0:
-            _logarithmic(axis.yaxis, axis.set_yscale)
+            logarithmic(axis.yaxis, axis.set_yscale)
         axis.set_title(f"{label} against size", fontsize=12)
         axis.set_xlabel("weights, MB (1e6 bytes)")
         axis.set_ylabel(f"{label} ({better} is better)")
@@ -95,7 +95,7 @@ def plot(all_results: Sequence[dict], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(0.2, 0.14)
         figure.canvas.draw()
-        _label(axis, [(p[1], p[2], names[p[0]]) for p in points])
+        annotate(axis, [(p[1], p[2], names[p[0]]) for p in points])
     handles = [
         pyplot.Line2D([], [], marker="o", linestyle="", color=colour[m], label=m) for m in methods
     ]
@@ -105,7 +105,7 @@ def plot(all_results: Sequence[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _logarithmic(direction, set_scale) -> None:
+def logarithmic(direction, set_scale) -> None:
     """A logarithmic axis with plain numbers at 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -115,7 +115,7 @@ def _logarithmic(direction, set_scale) -> None:
     direction.set_minor_formatter(NullFormatter())
 
 
-def _label(axis, points: Sequence[tuple[float, float, str]]) -> None:
+def annotate(axis, points: Sequence[tuple[float, float, str]]) -> None:
     """Put each name beside its point, where it covers no other point or name if that can be."""
     from matplotlib.transforms import Bbox
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from harness import __version__, checkpoint, formats
+from harness import __version__, bitmask, checkpoint, formats
 from harness.errors import UserError
 
 VERSIONS = ("torch", "transformers", "compressed-tensors")
@@ -96,7 +96,7 @@ class Writer:
             self._forget()
         if self.identity_file.is_file() and any(self.partial.glob("model-*.safetensors")):
             before = self._read_state()
-            self._compare(before, identity)
+            refuse_other_run(self.partial, before, identity)
             self.state = before
         else:
             self._forget()
@@ -118,20 +118,6 @@ class Writer:
 
     def _write_state(self) -> None:
         write_text(self.identity_file, json.dumps(self.state, indent=1))
-
-    def _compare(self, old: dict, new: dict) -> None:
-        for part, values in json.loads(json.dumps(new)).items():
-            before = old.get(part)
-            if before == values:
-                continue
-            where = part
-            if isinstance(values, dict) and isinstance(before, dict):
-                key = next(k for k in {**before, **values} if before.get(k) != values.get(k))
-                where = f"{part}, {key}: {before.get(key)} there, {values.get(key)} now"
-            raise UserError(
-                f"{self.partial} was begun by another run ({where}); repeat that command, choose "
-                "another --out, or start afresh with --no-resume."
-            )
 
     def shard(self, index: int) -> Path:
         """File of shard ``index``: 0 is what lies outside the blocks, 1 + i is block i."""
@@ -177,15 +163,39 @@ class Writer:
         write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
         for name, text in texts.items():
             write_text(self.partial / name, text)
-        replaced = self.out.with_name(self.out.name + ".partial.replaced")
-        if self.out.exists():
-            check_out(self.out, self.overwrite)
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(self.out, replaced)
-        os.replace(self.partial, self.out)
+        replaced = put_in_place(self.partial, self.out, self.overwrite)
         self.identity_file.unlink(missing_ok=True)
         shutil.rmtree(replaced, ignore_errors=True)
         return self.out
+
+
+def refuse_other_run(partial: Path, old: dict, new: dict) -> None:
+    """Raise :class:`UserError` unless identity ``new`` is the one that began ``partial``, ``old``;
+    the message names what differs."""
+    for part, values in json.loads(json.dumps(new)).items():
+        before = old.get(part)
+        if before == values:
+            continue
+        where = part
+        if isinstance(values, dict) and isinstance(before, dict):
+            key = next(k for k in {**before, **values} if before.get(k) != values.get(k))
+            where = f"{part}, {key}: {before.get(key)} there, {values.get(key)} now"
+        raise UserError(
+            f"{partial} was begun by another run ({where}); repeat that command, choose "
+            "another --out, or start afresh with --no-resume."
+        )
+
+
+def put_in_place(made: Path, out: Path, overwrite: bool) -> Path:
+    """Rename the finished folder ``made`` to ``out``; returns where the result that it replaces, if
+    any, waits to be deleted."""
+    replaced = out.with_name(out.name + ".partial.replaced")
+    if out.exists():
+        check_out(out, overwrite)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(out, replaced)
+    os.replace(made, out)
+    return replaced
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -214,7 +224,7 @@ def write_text(path: Path, text: str) -> None:
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -223,14 +233,14 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(ready, beside, metadata={"format": "pt"})
-        beside.chmod(_file_mode())
+        beside.chmod(file_mode())
         os.replace(beside, path)
     except Exception as error:
         beside.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
 
 
-def _file_mode() -> int:
+def file_mode() -> int:
     """What a new file gets by this process's umask; the safetensors library makes its own 0600, and
     a server under another user could not read the result."""
     mask = os.umask(0)
@@ -238,7 +248,7 @@ def _file_mode() -> int:
     return 0o666 & ~mask
 
 
-def _disk_error(path: Path, error: Exception) -> Exception:
+def disk_error(path: Path, error: Exception) -> Exception:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left" in str(error) or "os error 28" in str(error):
         free = shutil.disk_usage(path.parent).free / 1e6
@@ -263,7 +273,8 @@ def config_for(folder: Path, dtype: torch.dtype, quantization: dict | None, conv
     config["dtype"] = str(dtype).removeprefix("torch.")
     if quantization:
         config["quantization_config"] = quantization
-    if quantization and conv1d:
+    config.pop("harness_conv1d", None)
+    if quantization and conv1d and quantization != bitmask.CONFIG:
         config["harness_conv1d"] = True
     return config
 
@@ -275,11 +286,11 @@ def decode_block(
     dtype: torch.dtype,
     conv1d: bool,
 ) -> dict[str, torch.Tensor]:
-    """Logical tensors of a stored block, as the model holds them: packed linears dequantized."""
+    """Logical tensors of a stored block, as the model holds them: packed linears unpacked."""
     packed, plain = formats.split_names(tensors, layout)
     logical = {name: tensors[name] for name in plain}
     for name in packed:
-        weight = formats.decode(tensors.__getitem__, name, layout, quantization)
-        dense = weight.dequantize(dtype)
-        logical[f"{name}.weight"] = dense.T.contiguous() if conv1d else dense
+        logical[f"{name}.weight"] = formats.matrix(
+            tensors.__getitem__, name, layout, quantization, dtype, conv1d
+        )
     return logical
