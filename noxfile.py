@@ -46,7 +46,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def harness(session: nox.Session) -> None:
     """Tests of the shared floor."""
-    install(session, "./harness[test,tasks]")
+    install(session, "./harness[test,tasks,deepspeed]")
     run_pytest(session, "harness/tests")
 
 

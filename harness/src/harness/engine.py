@@ -1,0 +1,261 @@
+"""Training on DeepSpeed: its launch, its engine and its quirks, in one place.
+
+A trainer of the house is a loop over global batches (trainer.py is that loop):
+
+    device = launch(device)
+    engine = start(model, training)
+    for step in range(first, training.steps):
+        means = train_step(engine, training, step, micro_batches, loss_of)
+
+Losses are sums over tokens, divided by the tokens of the whole global batch, over all ranks and
+micro-batches: how a batch is cut changes nothing but rounding (measured: 1e-7 of the loss between
+one rank with four micro-batches and two ranks with two, at ZeRO 0, 2 and 3). Randomness (dropout,
+sampling) is seeded by step and rank, so a resumed run needs no random state. Without a launcher one
+process trains as it is; `deepspeed`, `torchrun` and `accelerate launch` give the ranks.
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import cos, isfinite, pi
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from harness import distributed, writer
+from harness.errors import UserError
+
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the engine is told.
+
+    Attributes:
+        learning_rate: the peak. steps: optimizer steps in all; warmup: the first of them, linear.
+        schedule: after the warmup "cosine", down to ``min_rate``, or "constant".
+        micro_batch: sequences per forward and rank. accumulate: forwards per optimizer step.
+        weight_decay: of matrices; vectors (norms, biases) have none.
+        zero: DeepSpeed's ZeRO stage, 0 to 3. offload: optimizer states, and weights at stage 3, in
+            CPU memory.
+    """
+
+    learning_rate: float
+    steps: int
+    micro_batch: int = 1
+    accumulate: int = 1
+    warmup: int = 0
+    schedule: str = "cosine"
+    min_rate: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    zero: int = 0
+    offload: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.learning_rate <= 0 or not isfinite(self.learning_rate):
+            raise UserError(f"learning rate {self.learning_rate}: expected a number above 0.")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule {self.schedule}: expected {' or '.join(SCHEDULES)}.")
+        if self.zero not in range(4):
+            raise UserError(f"ZeRO stage {self.zero}: expected 0, 1, 2 or 3.")
+        for name in ("steps", "micro_batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', ' ')} {getattr(self, name)}: at least 1.")
+
+
+def rate(training: Training, step: int) -> float:
+    """The learning rate at optimizer step ``step`` (from 0), as a share of the peak."""
+    if step < training.warmup:
+        return (step + 1) / training.warmup
+    if training.schedule == "constant":
+        return 1.0
+    low = training.min_rate / training.learning_rate
+    done = (step - training.warmup) / max(1, training.steps - training.warmup)
+    return low + (1 - low) * 0.5 * (1 + cos(pi * min(1.0, done)))
+
+
+def launch(device: str) -> str:
+    """Join the process group, one of a single process where no launcher made more; returns this
+    rank's device. To be called before the model is built."""
+    cuda = device.startswith("cuda")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            alone["MASTER_PORT"] = str(probe.getsockname()[1])
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            "training needs deepspeed: pip install 'llm-compression-harness[deepspeed]'"
+        ) from error
+    if not cuda:
+        # Shared-memory collectives would be compiled on first use, for a minute; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if cuda else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
+
+
+def start(model: torch.nn.Module, training: Training):
+    """DeepSpeed's engine around ``model``; its parameters that require gradients are trained.
+
+    The forward runs in the model's dtype; bfloat16 and (on GPUs) float16 keep float32 masters.
+    """
+    import deepspeed
+
+    dtype = next(model.parameters()).dtype
+    if dtype == torch.float16 and not torch.cuda.is_available():
+        raise UserError("float16 trains on GPUs only; use --dtype bfloat16 or float32.")
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=training.learning_rate,
+        betas=training.betas,
+        eps=training.eps,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(training, step))
+    zero = {"stage": training.zero}
+    if training.zero == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if training.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if training.zero == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    config = {
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": training.accumulate,
+        "gradient_clipping": training.clip,
+        "zero_optimization": zero,
+        # torch's AdamW: DeepSpeed's own are compiled on first use, for minutes.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": 2**31,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def train_step(
+    engine,
+    training: Training,
+    step: int,
+    batches: list[dict],
+    loss_of: Callable[[dict], tuple[torch.Tensor, dict]],
+) -> dict[str, float]:
+    """One optimizer step over this rank's ``accumulate`` micro-batches.
+
+    Args:
+        batches: each with "tokens", the number of tokens that its loss sums over.
+        loss_of: batch -> (sum of the losses of its tokens, {name: another such sum to report}).
+
+    Returns:
+        "loss" and what was reported, per token over all ranks.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    seed(training, step)
+    tokens = distributed.sum_number(float(sum(batch["tokens"] for batch in batches)))
+    share = len(batches) * distributed.world_size() / max(tokens, 1.0)
+    sums: dict[str, float] = {}
+    for batch in batches:
+        loss, report = loss_of(batch)
+        # The engine divides by accumulate and averages over ranks; `share` takes that back.
+        engine.backward(loss * share)
+        engine.step()
+        for name, value in {"loss": loss, **report}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    means = {name: distributed.sum_number(value) / max(tokens, 1.0) for name, value in sums.items()}
+    if not isfinite(means["loss"]):
+        raise UserError(
+            f"the loss of step {step} is {means['loss']}; lower the learning rate, or use --dtype "
+            "float32. The last saved state is kept."
+        )
+    return means
+
+
+def seed(training: Training, step: int) -> None:
+    """Seed torch for one step and rank: what a resumed run draws is what the other would have."""
+    torch.manual_seed((training.seed * 1_000_003 + step) * 4096 + distributed.rank())
+
+
+def save_state(engine, folder: Path, state: dict) -> None:
+    """Weights, optimizer and schedule under ``folder``, beside a JSON ``state``; whole or not at
+    all: the file LATEST names the newest whole one, older ones are removed."""
+    name = f"step-{engine.global_steps}"
+    engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+
+    def publish():
+        writer.write_text(folder / "state.json", json.dumps({"tag": name, **state}, indent=1))
+        for old in folder.glob("step-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+
+    distributed.lead(publish)
+
+
+def load_state(engine, folder: Path) -> dict | None:
+    """Take up the newest saved state; its JSON part, or None where there is none."""
+    path = folder / "state.json"
+    if not path.is_file():
+        return None
+    state = json.loads(path.read_text())
+    loaded, _ = engine.load_checkpoint(str(folder), tag=state["tag"])
+    if loaded is None:
+        raise UserError(f"{folder} holds no state that can be read; start again with --no-resume.")
+    return state
+
+
+def weights(engine) -> dict[str, torch.Tensor] | None:
+    """The model's whole state dict on rank 0 (all ranks must call), whatever the ZeRO stage."""
+    if engine.zero_optimization_stage() == 3:
+        return engine._zero3_consolidated_16bit_state_dict()
+    return engine.module.state_dict() if distributed.rank() == 0 else None
+
+
+@contextmanager
+def whole_weights(engine):
+    """Inside, every rank's ``engine.module`` holds its full weights: for generation at stage 3."""
+    if engine.zero_optimization_stage() < 3:
+        yield engine.module
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        yield engine.module
