@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from harness import __version__
+from harness.sizes import KEY as SIZES_KEY
 
 CONV1D = ("gpt2", "openai-gpt")
 # Families whose weight initialisation in transformers reaches for dense weights, and fails.
@@ -20,6 +21,8 @@ def readers(layout: str, grid, config) -> str:
     transformers and the harness are checked by the tests. vLLM 0.32 runs 4 bits on the CPU, which
     the vLLM session checks, and refuses 8 there; its list of kernels for GPUs has both.
     """
+    if getattr(config, SIZES_KEY, None):
+        return "the harness only (its blocks differ in size)"
     if layout == "dense":
         return "transformers, vLLM, and everything else that reads Hugging Face checkpoints"
     if layout == "bitmask":

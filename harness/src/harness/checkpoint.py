@@ -9,7 +9,7 @@ import sys
 from functools import cached_property
 from pathlib import Path
 
-from harness import formats
+from harness import formats, sizes
 from harness.errors import UserError, nearest
 
 EMBEDDED = ("tiny-llama", "tiny-llama-student")
@@ -277,12 +277,9 @@ def load_model(
 
 def _load_packed(weights: Weights, config, dtype):
     """A packed checkpoint with its linears dequantized."""
-    from transformers import AutoModelForCausalLM
-
     vars(config).pop("quantization_config", None)
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
     state = {name: weights.read(name, dtype) for name in sorted(weights.names)}
-    model, report = model_class.from_pretrained(
+    model, report = sizes.model_class(config).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     _check_complete(weights.folder, report)
@@ -300,14 +297,11 @@ def _check_complete(folder: Path, report: dict) -> None:
 
 def load_dense(folder: Path, dtype):
     """A dense checkpoint through transformers; missing tensors are an error, never random."""
-    from transformers import AutoModelForCausalLM
-
     for file in set(Weights(folder).files()):
         _open_file(folder / file)
+    model_class = sizes.model_class(load_config(folder))
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True
-        )
+        model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers over the user's files
         raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
     _check_complete(folder, report)
@@ -330,7 +324,7 @@ def _load_bitsandbytes(folder: Path, load: str, dtype, device: str, weights: Wei
         raise UserError(
             f"--load {load} needs bitsandbytes: pip install 'llm-compression-harness[bitsandbytes]'"
         ) from error
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     if load not in LOADS:
         raise UserError(f"--load {load}: expected one of {', '.join(LOADS)}.")
@@ -343,7 +337,7 @@ def _load_bitsandbytes(folder: Path, load: str, dtype, device: str, weights: Wei
             bnb_4bit_use_double_quant=load == "nf4-dq",
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model = sizes.model_class(load_config(folder)).from_pretrained(
         folder, dtype=dtype, quantization_config=config, device_map={"": device}
     )
     if load != "int8" and device == "cpu":

@@ -8,6 +8,7 @@ when it is its turn and dropped afterwards.
 Legend: B windows in a batch, T tokens per window, D hidden size, V vocabulary.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from harness import checkpoint
+from harness import checkpoint, sizes
 from harness.errors import UserError
 from harness.perplexity import window_length
 from harness.stages import linears
@@ -42,10 +43,22 @@ class _StandIn(nn.Module):
         return self.__dict__["_act"](hidden, args, kwargs)
 
 
+def _no_grad(method):
+    """torch.no_grad(), unless the decoder is told to be differentiable."""
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        with torch.set_grad_enabled(self.differentiable):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
 class Decoder:
     """A checkpoint opened for block-by-block work.
 
     Attributes:
+        differentiable: True lets autograd see what embed, forward and logits do (default False).
         blocks: the blocks, on the meta device except while loaded.
         prefix: their name in the model, "model.layers" for LLaMA.
         weights: the checkpoint's tensors (:class:`harness.checkpoint.Weights`).
@@ -62,12 +75,13 @@ class Decoder:
         self.dtype = dtype or self.weights.dtype
         try:
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+                model = sizes.apply(AutoModelForCausalLM.from_config(self.config, dtype=self.dtype))
         except Exception as error:  # the family's own code over the file's values
             raise UserError(
                 f"{folder}/config.json describes no model that transformers can build: "
                 f"{checkpoint.one_line(error)}"
             ) from error
+        self.differentiable = False
         self.model = model.eval()
         self.prefix, self.blocks = find_blocks(self.model)
         self._parent, _, self._attribute = self.prefix.rpartition(".")
@@ -153,7 +167,7 @@ class Decoder:
 
     # -- running ----------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_no_grad
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, D] that enter block 0, for token ids [B, T]."""
         self._load_outer()
@@ -184,15 +198,16 @@ class Decoder:
             )
         return seen[0][0]
 
-    @torch.no_grad()
-    def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Output [B, T, D] of the loaded block ``index``; some [B, T] ids were embedded before."""
+    @_no_grad
+    def forward(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None):
+        """Output [B, T, D] of the loaded block ``index``, or of ``block`` in its place; some [B, T]
+        ids were embedded before."""
         args, kwargs = self._arguments[tuple(hidden.shape[:2])][index]
-        output = self.blocks[index](hidden, *args, **kwargs)
+        output = (block or self.blocks[index])(hidden, *args, **kwargs)
         self._tuple_output = isinstance(output, tuple)
         return output[0] if self._tuple_output else output
 
-    @torch.no_grad()
+    @_no_grad
     def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] from the last block's output, through the model's own norm and head."""
         last = len(self) - 1
@@ -205,6 +220,11 @@ class Decoder:
             return inject
 
         return self._run_outer(ids, [act(i) for i in range(len(self))])
+
+    def arguments(self, index: int) -> list[tuple[int, dict]]:
+        """What block ``index`` is handed by name beside hidden states, with the number of windows,
+        for every size of batch that was embedded."""
+        return [(shape[0], known[index][1]) for shape, known in self._arguments.items()]
 
     def _run_outer(self, ids, acts):
         stand_ins = nn.ModuleList(_StandIn(b, a) for b, a in zip(self.blocks, acts, strict=True))

@@ -7,6 +7,8 @@ checked in a test against it with eager attention.
 from collections.abc import Mapping
 from math import prod
 
+from harness import sizes
+
 
 def skeleton(config):
     """The transformers causal LM of `config` on the meta device: every shape, no memory."""
@@ -14,7 +16,7 @@ def skeleton(config):
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return sizes.apply(AutoModelForCausalLM.from_config(config))
 
 
 def macs_per_token(
@@ -41,9 +43,8 @@ def macs_per_token(
             queries += shape[0]
     linears += _active_experts(model, config)
     if not queries:
-        width = getattr(config, "head_dim", None)
-        heads = config.num_attention_heads
-        queries = config.num_hidden_layers * heads * (width or config.hidden_size // heads)
+        heads = sum(sizes.heads(model.config, i)[0] for i in range(config.num_hidden_layers))
+        queries = heads * sizes.head_dim(config)
     parts = {
         "linears": linears,
         "head": prod(head.weight.shape) if head is not None else 0,

@@ -23,7 +23,7 @@ def print_plan(decoder, method: Method, out: str | Path, tokens: int) -> None:
         UserError: the output folder is in the way (checked without --overwrite).
     """
     writer.check_out(Path(out), overwrite=True)
-    speed = _multiply_adds_per_second(decoder.device, decoder.dtype)
+    speed = multiply_adds_per_second(decoder.device, decoder.dtype)
     packed = method.grid and method.layout not in formats.PRUNED_FORMATS
     bits = method.grid.bits if packed else None
     kept = 1 - (nominal_ratio(method.settings) or 0) + 1 / (8 * decoder.dtype.itemsize)
@@ -73,7 +73,8 @@ def _same_blocks(decoder):
     return runs
 
 
-def _multiply_adds_per_second(device, dtype) -> float:
+def multiply_adds_per_second(device, dtype) -> float:
+    """By products of two matrices of 1,024, for a quarter of a second."""
     n = 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     a @ a
