@@ -10,7 +10,8 @@ from harness.report import rows_of, write_atomically
 from harness.sparsity import nominal_ratio
 
 DENSE = "dense"
-LARGEST = 1800  # area of the largest bubble, in square points
+LARGEST = 1100  # area of the largest bubble, in square points
+NAMED = 20  # with more models than this their names cover the picture
 # Points of a series: (x, y) of a curve; (name, time, perplexity, megabytes) of bubbles.
 Series = dict[str, list]
 
@@ -141,7 +142,7 @@ def curve(all_results: Sequence[dict], path: Path) -> None:
         if max(values) > 3 * min(values) > 0:
             logarithmic(axis.yaxis, axis.set_yscale)
         axis.set_title(f"perplexity on {dataset}", fontsize=12)
-        axis.set_xlabel("share of the pruned layers' weights removed, nominal")
+        axis.set_xlabel("pruning ratio, as asked for")
         axis.set_ylabel("perplexity (lower is better)")
         _plain(axis)
     handles = [
@@ -174,8 +175,10 @@ def bubble(all_results: Sequence[dict], path: Path) -> None:
     for name, some in found.items():
         _, times, values, sizes = zip(*some, strict=True)
         areas = [LARGEST * size / largest for size in sizes]
-        axis.scatter(times, values, s=areas, color=_colour(names, name), alpha=0.45, linewidth=0)
-        axis.scatter(times, values, s=8, color=_colour(names, name), zorder=3)
+        axis.scatter(times, values, s=areas, color=_colour(names, name), alpha=0.35, linewidth=0)
+        axis.scatter(
+            times, values, s=14, color=_colour(names, name), marker=_marker(names, name), zorder=3
+        )
     values = [value for _, _, value, _ in points]
     if max(values) > 3 * min(values) > 0:
         logarithmic(axis.yaxis, axis.set_yscale)
@@ -185,28 +188,35 @@ def bubble(all_results: Sequence[dict], path: Path) -> None:
     _plain(axis)
     axis.margins(0.2, 0.2)
     figure.canvas.draw()
-    annotate(axis, [(time, value, name) for name, time, value, _ in points])
-    handles = [
-        pyplot.Line2D([], [], marker="o", linestyle="", color=_colour(names, n), label=n)
-        for n in names
-    ]
-    for size in (largest, largest / 4):
-        # A marker's size is its diameter in points, a scattered point's an area.
-        diameter = math.sqrt(LARGEST * size / largest)
-        handles.append(
-            pyplot.Line2D(
-                [],
-                [],
-                marker="o",
-                linestyle="",
-                color="#c3cad3",
-                markersize=diameter,
-                label=f"{size:,.3g} MB",
-            )
-        )
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, labelspacing=1.6)
+    if len(points) <= NAMED:
+        annotate(axis, [(time, value, name) for name, time, value, _ in points])
+    _legends(pyplot, axis, names, largest)
     write_atomically(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
     pyplot.close(figure)
+
+
+def _legends(pyplot, axis, names: Sequence[str], largest: float) -> None:
+    """Beside the axis what the colours mean, below that what the areas mean."""
+    handles = [
+        pyplot.Line2D(
+            [], [], marker=_marker(names, n), linestyle="", color=_colour(names, n), label=n
+        )
+        for n in names
+    ]
+    first = axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    axis.add_artist(first)
+    # A marker's size is its diameter in points, a scattered point's its area.
+    handles = [
+        pyplot.Line2D(
+            [], [], marker="o", linestyle="", color="#c3cad3", label=f"{share * largest:,.3g} MB",
+            markersize=math.sqrt(LARGEST * share),
+        )
+        for share in (1, 0.25)
+    ]  # fmt: skip
+    axis.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(1.02, 0), frameon=False,
+        labelspacing=1.8, handletextpad=1.6, borderpad=1.2,
+    )  # fmt: skip
 
 
 def _pyplot():

@@ -195,8 +195,10 @@ def _bitsandbytes_extras(tensor) -> Iterable:
     """The scales that bitsandbytes hangs on a weight instead of registering them."""
     state = getattr(tensor, "quant_state", None)
     while state is not None:
-        yield from (t for t in (state.absmax, state.code, state.offset) if t is not None)
-        state = state.state2
+        # On a CPU the first forward repacks them, and some attributes are gone.
+        parts = (getattr(state, name, None) for name in ("absmax", "code", "offset"))
+        yield from (part for part in parts if part is not None)
+        state = getattr(state, "state2", None)
     scale = getattr(tensor, "SCB", None)
     if scale is not None:
         yield scale

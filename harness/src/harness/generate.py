@@ -1,6 +1,8 @@
 """`harness generate`: what several models say to the same prompts, side by side."""
 
+import re
 import shutil
+import sys
 import textwrap
 import time
 
@@ -19,6 +21,10 @@ def generate(args) -> int:
     """
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: expected 1 or more")
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     folders = [checkpoint.resolve(model) for model in args.models]
     prompts = args.prompt or default_prompts()
     said = [continuations(folder, prompts, args) for folder in folders]
@@ -33,11 +39,14 @@ def generate(args) -> int:
 
 
 def default_prompts() -> list[str]:
-    """Heads and docstrings of three functions of the stdlib corpus."""
+    """The heads, with their docstrings, of three functions of the stdlib corpus."""
     from harness import data
 
     questions = data.questions("stdlib-quiz")
-    return [questions[i * len(questions) // 3]["question"] for i in range(3)]
+    chosen = [questions[i * len(questions) // 3]["question"] for i in range(3)]
+    # A question shows some lines before the function, too: what comes last is its head.
+    heads = (list(re.finditer(r"^ *(async )?def ", text, re.M))[-1].start() for text in chosen)
+    return [textwrap.dedent(text[start:]) for text, start in zip(chosen, heads, strict=True)]
 
 
 def continuations(folder, prompts: list[str], args) -> list[tuple[str, float]]:
@@ -84,11 +93,11 @@ def layout(answers: list[tuple[str, str]], width: int) -> str:
     """(heading, text) pairs in columns where `width` characters allow, else one after another."""
     column = (width - len(GAP) * (len(answers) - 1)) // len(answers)
     if len(answers) == 1 or column < NARROWEST:
-        return "\n".join(f"--- {heading}\n{text.strip()}" for heading, text in answers)
+        return "\n".join(f"--- {heading}\n{text.rstrip()}" for heading, text in answers)
     columns = []
     for heading, text in answers:
         lines = [*textwrap.wrap(heading, column), "-" * column]
-        for line in text.strip().splitlines():
+        for line in text.rstrip().splitlines():
             lines += textwrap.wrap(
                 line, column, replace_whitespace=False, drop_whitespace=False
             ) or [""]

@@ -138,7 +138,7 @@ def _zeros_rows(layout: str, zeros: sparsity.Sparsity, disk: int) -> list[dict]:
             "zeros %",
             100 * zeros.share,
             2,
-            protocol=f"of the blocks' linears; {sparsity.NO_KERNELS}",
+            protocol="of the blocks' linears; no engine here runs faster for them",
             main=True,
         ),
         row(f"MB as {other}", size / 1e6, 2, protocol=f"by harness convert --format {other}"),
@@ -322,6 +322,11 @@ def speed_step(subject: Subject) -> Step:
     batch = args.batch_size or 1
     if args.engine == "vllm" and args.load:
         raise UserError("--load is for --engine transformers; vLLM reads the checkpoint itself")
+    if args.engine == "vllm" and subject.layout == "bitmask":
+        raise UserError(
+            f"vLLM does not read bitmask checkpoints; make it dense first: harness convert "
+            f"{args.model} --format dense --out DENSE"
+        )
 
     def measure():
         sizes = {"batch_size": batch, "prompt": prompt, "new": new, "seed": args.seed}
