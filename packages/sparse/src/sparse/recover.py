@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         "--val_set_size",
         type=int,
         metavar="N",
-        help="held-out examples, at most (default: instructions 2000; text 128)",
+        help="held-out examples, at most (default: instructions 2000; text 32)",
     )
     data.add_argument(
         "--max_train_samples",

@@ -20,7 +20,7 @@ from sparse.training_state import Store
 RATES = {"lora": 1e-4, "full": 2e-5}
 RATES_WIDTH = 4096
 INSTRUCTIONS = {"batch_size": 64, "cutoff_len": 256, "val_set_size": 2000}
-TEXT = {"batch_size": 8, "cutoff_len": 1024, "val_set_size": 128}
+TEXT = {"batch_size": 8, "cutoff_len": 1024, "val_set_size": 32}
 TEXT_EXAMPLES = 30_000
 SELF_TEST = "def f(x):\n    return 'Ünïcode', [x + 1, 2e-3]  # 日本 <s> </s>\n\n\tThe end."
 

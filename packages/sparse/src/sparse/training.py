@@ -61,7 +61,8 @@ class Plan:
     def rate_at(self, step: int, done: float) -> float:
         """The learning rate of the step after ``step`` others, ``done`` of the run being behind."""
         rise = max((step + 1) / self.warmup, 10 * done) if self.warmup else 1.0
-        fall = (1 - done) / (1 - min(0.1, self.warmup / self.steps))
+        risen = 0.1 if self.minutes else min(0.1, self.warmup / self.steps)
+        fall = (1 - done) / (1 - risen)
         return self.rate * min(1.0, rise, fall)
 
     def looks(self, step: int, before: float, after: float) -> bool:
