@@ -9,11 +9,13 @@ from harness.hessian import Hessian
 from harness.perplexity import window_length
 from harness.stages import get_matrix, linears
 
-from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
+from harness import checkpoint, data, distributed, preflight, sequential, writer
 from sparse import methods
 from sparse.ratios import owl
 
 METHODS = ("sparsegpt", "wanda", "magnitude")
+PACKED = ("compressed-tensors", "gptq")
+FORMATS = ("dense", "bitmask", *PACKED)
 EVERY_BLOCK = 1000
 
 
@@ -143,7 +145,7 @@ def prune(
         statistics,
         true_sequential,
         layout=format,
-        grid=grid if format in methods.PACKED else None,
+        grid=grid if format in PACKED else None,
     )
     if dry_run:
         from harness.plan import print_plan
@@ -207,13 +209,16 @@ def _check_ratios(kind: str, goal: methods.Target, spread: float, m: float) -> N
 
 
 def _grid(method: str, wbits: int, groupsize: int, sym: bool, format: str) -> Grid | None:
-    if format not in formats.FORMATS:
+    if format not in FORMATS:
         raise UserError(
-            f"format {format}: expected one of {', '.join(formats.FORMATS)}."
-            + nearest(format, formats.FORMATS)
+            f"format {format}: expected one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}"
         )
-    if wbits == 16 or method != "sparsegpt":
-        if format in methods.PACKED:
+    if wbits != 16 and method != "sparsegpt":
+        raise UserError(
+            f"wbits is {wbits}; only SparseGPT quantizes, use 16 with {method} pruning."
+        )
+    if wbits == 16:
+        if format in PACKED:
             raise UserError(
                 f"--format {format} holds integers; quantize too (SparseGPT's --wbits 4), or use "
                 "--format dense or bitmask."

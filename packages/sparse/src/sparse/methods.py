@@ -17,7 +17,6 @@ from sparse import masks
 from sparse.solver import solve
 
 ROWS_FOR_NORM = 256
-PACKED = ("compressed-tensors", "gptq")
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,14 @@ def sparsegpt(
                 weight, factor, sparsity=goal.sparsity, n=goal.n, m=goal.m, blocksize=blocksize,
                 grid=grid, dtype=dtype, scale_dtype=scale_dtype,
             )  # fmt: skip
+            change = weight - _stored(result, dtype)
+            # What the solver minimized counts the damping too; pruning's large steps feel it.
+            loss = loss.sum() - damping * diagonal.mean() * change.square().sum()
             # The mean over evenly spaced rows stands for all: it is a denominator, for print.
             some = weight[:: -(-len(weight) // ROWS_FOR_NORM)]
             norm = ((some @ matrix) * some).sum(dim=1).mean().clamp_min(1e-30)
-            updates[name] = _update(result, dtype, (loss.mean() / norm).item(), layout, note)
+            error = (loss / len(weight) / norm).clamp_min(0).item()
+            updates[name] = _update(result, dtype, error, note)
         return updates
 
     return update
@@ -160,11 +163,13 @@ def _check_finite(values: torch.Tensor, matrices, where: str) -> None:
         )
 
 
-def _update(weight, dtype, error, layout="dense", note=()) -> Update:
-    """The result as it will be stored, its share of zeros noted for the log."""
-    dense = weight
-    if isinstance(weight, QuantizedWeight):
-        dense = weight.dequantize(dtype)
-        weight = weight if layout in PACKED else dense
-    zeros = (dense.to(dtype) == 0).sum().item()
+def _update(weight, dtype, error, note=()) -> Update:
+    """The result, its number of zeros as stored noted for the log."""
+    zeros = (_stored(weight, dtype) == 0).sum().item()
     return Update(weight, error, {"zeros": zeros, **dict(note)})
+
+
+def _stored(weight, dtype: torch.dtype) -> torch.Tensor:
+    """The values that a checkpoint in ``dtype`` holds."""
+    packed = isinstance(weight, QuantizedWeight)
+    return weight.dequantize(dtype) if packed else weight.to(dtype)

@@ -1,0 +1,58 @@
+"""kill -9 at random moments, the same command again: the bytes of an undisturbed run."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+RUNS = {
+    "plain": ("sparsegpt", ["--prunen", "2", "--prunem", "4"]),
+    "quantized": ("sparsegpt", ["--sparsity", ".5", "--wbits", "4", "--true-sequential"]),
+    "owl": ("wanda", ["--sparsity", ".5", "--ratios", "owl", "--owl_m", "3"]),
+    "magnitude": ("magnitude", ["--sparsity", ".5"]),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    families.save("llama", folder / "model", tokenizer=True, num_hidden_layers=4)
+    (folder / "text.txt").write_text(families.TEXT * 200)
+    return folder / "model", folder / "text.txt"
+
+
+def contents(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def check(inputs, folder, times, seed, run):
+    method, flags = RUNS[run]
+    driver = Path(__file__).with_name("sparse_resume_driver.py")
+    path = os.pathsep.join([str(Path(families.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *map(str, [driver, method, *inputs, folder, times, seed, *flags])],
+        env=ONE_THREAD | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = [p for p in folder.iterdir() if p.is_dir()]
+    assert len(results) == 2 + times + 3
+    for result in results:
+        assert contents(result) == contents(folder / "straight"), result.name
+
+
+@pytest.mark.parametrize("run", ["plain", "owl"])
+def test_killed_runs_resume_to_the_same_bytes(run, inputs, tmp_path):
+    check(inputs, tmp_path, 2, 0, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_runs_killed_at_ten_moments(run, inputs, tmp_path):
+    check(inputs, tmp_path, 10, 1, run)
