@@ -1,0 +1,1 @@
+"""MiniLLM: SFT, knowledge distillation, and distillation by the reverse KL."""
