@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from harness import sizes
 
-TOKENS = 4
+TOKENS = 6
 PROBE_ELEMENTS = 2**22
 TOLERANCE = 1e-4
 NONE = torch.iinfo(torch.long).max
@@ -76,16 +76,20 @@ def find(decoder: Decoder, index: int) -> Structure:
     block = decoder.load(index)
     widest = max(sum(get_matrix(m).shape) for m in linears(block).values())
     batch = max(1, min(PROBE_ELEMENTS // (TOKENS * widest), widest))
-    vocabulary = decoder.config.get_text_config().vocab_size
-    ids = torch.arange(batch * TOKENS).view(batch, TOKENS) % vocabulary
     decoder.differentiable = True
     try:
-        hidden = decoder.embed(ids).detach().requires_grad_()
+        hidden = embed_something(decoder, batch).detach().requires_grad_()
         inputs, outputs = _free_run(decoder, index, block, hidden)
         return _follow(block, hidden, inputs, outputs)
     finally:
         decoder.differentiable = False
         decoder.release(index)
+
+
+def embed_something(decoder: Decoder, batch: int) -> torch.Tensor:
+    """Hidden states [B, T, D] of some tokens; the decoder then knows what its blocks are handed."""
+    vocabulary = decoder.config.get_text_config().vocab_size
+    return decoder.embed(torch.arange(batch * TOKENS).view(batch, TOKENS) % vocabulary)
 
 
 def _free_run(decoder, index, block, hidden):
@@ -257,6 +261,7 @@ def entry(decoder: Decoder, index: int, chosen: list[tuple[Groups, torch.Tensor]
 def _gives_heads(decoder: Decoder, index: int) -> bool:
     """Whether the model hands the block something for each head (ALiBi slopes)."""
     count = sizes.model_heads(decoder.config)
+    embed_something(decoder, 1)
     return any(
         sizes.head_axis(name, value, batch, count) is not None
         for batch, named in decoder.arguments(index)
@@ -271,9 +276,8 @@ def check(decoder: Decoder, index: int, chosen: list[tuple[Groups, torch.Tensor]
     block = decoder.load(index)
     width = decoder.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(index)
-    vocabulary = decoder.config.get_text_config().vocab_size
-    decoder.embed(torch.arange(2 * TOKENS).view(1, -1) % vocabulary)
-    hidden = torch.randn(1, 2 * TOKENS, width, generator=generator).to(decoder.device)
+    embed_something(decoder, 1)
+    hidden = torch.randn(1, TOKENS, width, generator=generator).to(decoder.device)
     for groups, alive in chosen:
         zero(block, groups, alive)
     wanted = decoder.forward(index, hidden)

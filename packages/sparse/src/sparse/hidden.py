@@ -22,8 +22,9 @@ from harness.stages import get_matrix
 from torch import nn
 
 from harness import sizes
-from sparse.groups import TOKENS, TOLERANCE, Structure
+from sparse.groups import TOKENS, TOLERANCE, Structure, embed_something
 
+NORMS = "its norms are no plain RMS norms"
 EPSILONS = ("variance_epsilon", "eps")
 # How a parameter holds the hidden channels: as rows, columns, or the entries of a norm.
 ROWS, COLUMNS, NORM = 0, 1, 2
@@ -50,7 +51,7 @@ def of_block(decoder: Decoder, index: int, structure: Structure) -> dict[str, in
         if parameter.ndim == 1 and len(parameter) == width:
             found[name] = NORM
         elif parameter.ndim > 1:
-            raise UserError(_refusal(decoder, f"{name} is no linear layer"))
+            raise UserError(_refusal(decoder, f"{name} belongs to no linear layer"))
     return found
 
 
@@ -103,9 +104,9 @@ def check(decoder: Decoder, index: int, holds: dict[str, int], alive: torch.Tens
     """Raise :class:`UserError` unless block ``index`` without the dead channels gives what it gives
     with them at zero; a float32 ``decoder``."""
     block = decoder.load(index)
-    decoder.embed(torch.arange(2 * TOKENS).view(1, -1) % decoder.config.vocab_size)
+    embed_something(decoder, 1)
     generator = torch.Generator().manual_seed(index)
-    hidden = torch.randn(1, 2 * TOKENS, len(alive), generator=generator) * alive
+    hidden = torch.randn(1, TOKENS, len(alive), generator=generator) * alive
     hidden = hidden.to(decoder.device)
     zero(block, holds, alive)
     kept = alive.to(decoder.device)
@@ -123,9 +124,9 @@ def check(decoder: Decoder, index: int, holds: dict[str, int], alive: torch.Tens
         got = decoder.forward(index, hidden[..., kept], block=small)
         wrong = (got - wanted).abs().max() > TOLERANCE * wanted.abs().max()
     except (RuntimeError, ValueError) as error:
-        raise UserError(_refusal(decoder, str(error).splitlines()[0])) from error
+        raise UserError(_refusal(decoder, NORMS)) from error
     if wrong:
-        raise UserError(_refusal(decoder, "its norms are no plain RMS norms"))
+        raise UserError(_refusal(decoder, NORMS))
 
 
 def check_untied(decoder: Decoder, structure: Structure, kept: int, raw: dict) -> None:

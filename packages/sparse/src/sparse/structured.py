@@ -135,11 +135,11 @@ def prune(
             cut.alive = choose(scores, cut.alive, ratio, cut.multiples)
         cuts.check(exact, cut, cut.alive)
     step = {
-        "method": "llm_pruner", "base": model, "command": command, "settings": settings,
+        "method": "llm_pruner", "base": str(model), "command": command, "settings": settings,
         "calibration": calibration,
     }  # fmt: skip
     result = shrink.summary(decoder, cut, max_seq_len)
-    mark = {"base": model, "dtype": str(decoder.dtype), "seed": seed, **settings}
+    mark = {"base": str(model), "dtype": str(decoder.dtype), "seed": seed, **settings}
     mark |= calibration or {}
 
     def write():
