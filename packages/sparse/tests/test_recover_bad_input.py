@@ -1,0 +1,153 @@
+"""What a user can get wrong: exit code 2, one line that says what to do, nothing half made."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import families
+import pytest
+import torch
+from harness.grid import Grid, nearest
+from safetensors.torch import load_file, save_file
+from sparse.recover import main
+
+from harness import decoder, sequential
+
+QUICK = ["--cutoff_len", "32", "--max_steps", "3"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    families.save("llama", folder / "model", tokenizer=True, num_hidden_layers=2)
+    (folder / "text.txt").write_text(families.TEXT * 100)
+    return folder
+
+
+@pytest.fixture
+def place(good, tmp_path, monkeypatch):
+    """A folder of its own, with a good model and text, as the working directory."""
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys, *words) -> str:
+    """Run the command; its one error line."""
+    capsys.readouterr()
+    assert main([*words, "--out", "out"]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert sum(line.startswith("error:") for line in lines) == 1
+    assert "Traceback" not in captured.err and captured.out == ""
+    return lines[-1]
+
+
+GOOD = ["model", "--dataset", "text.txt", *QUICK]
+WORDS = {
+    "model missing": (["no/such/folder", *GOOD[1:]], "model folder no/such/folder not found"),
+    "dataset missing": (["model", "--dataset", "no.txt"], "'no.txt' is neither a file"),
+    "dataset misspelt": (["model", "--dataset", "alpacca"], "Did you mean 'alpaca'?"),
+    "questions": (["model", "--dataset", "stdlib-quiz"], "a set of questions, not a text"),
+    "rate of zero": ([*GOOD, "--learning_rate", "0"], "--learning_rate 0.0: expected .* above 0"),
+    "negative rate": ([*GOOD, "--learning_rate=-1e-4"], "expected a number above 0"),
+    "no batch": ([*GOOD, "--batch_size", "0"], "--batch_size 0: expected a number above 0"),
+    "no time": ([*GOOD, "--max_minutes", "0"], "--max_minutes 0.0: expected"),
+    "patience": ([*GOOD, "--patience", "-1"], "--patience -1: expected 0 or more"),
+    "dropout": ([*GOOD, "--lora_dropout", "1"], "--lora_dropout 1.0: expected 0 or more, below 1"),
+    "weight": ([*GOOD, "--kd_weight", "1.5"], "--kd_weight 1.5: expected above 0, at most 1"),
+    "window too long": ([*GOOD, "--cutoff_len", "65"], "--cutoff_len 65: expected 2 to 64 tokens"),
+    "no such target": (
+        [*GOOD, "--lora_target_modules", "q_proj,v_prj"],
+        "v_prj: no linear of the blocks .* down_proj, gate_proj, .* Did you mean 'v_proj'",
+    ),
+    "float16": ([*GOOD, "--dtype", "float16"], "float16 overflows in training; expected bfloat16"),
+    "teacher missing": ([*GOOD, "--teacher", "tiny-lama"], "Did you mean 'tiny-llama'?"),
+    "teacher of others": (
+        [*GOOD, "--teacher", "tiny-llama"],
+        r"another vocabulary \(4096 .*\(288\)",
+    ),
+    "out is the model": (["model", "--dataset", "text.txt"], "out exists; choose another --out"),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words(case, place, capsys):
+    words, message = WORDS[case]
+    if case == "out is the model":
+        shutil.copytree(place / "model", place / "out")
+    before = {p.name for p in place.iterdir()}
+    line = refused(capsys, *words)
+    assert re.search(message, line), line
+    assert {p.name for p in place.iterdir()} == before
+
+
+def test_too_little_text(place, capsys):
+    (place / "text.txt").write_text("x = 1\n")
+    line = refused(capsys, *GOOD)
+    assert re.search(r"its \d+ tokens fill 0 windows of 32, and two are the least", line), line
+    (place / "sums.jsonl").write_text('{"prompt": "a long enough prompt", "response": "b"}\n' * 9)
+    words = ["model", "--dataset", "sums.jsonl", "--cutoff_len", "4"]
+    assert "0 training and 0 validation examples of at most 4 tokens" in refused(capsys, *words)
+
+
+def test_quantized_input(place, capsys):
+    def update(matrices, statistics, where):
+        return {
+            name: sequential.Update(nearest(matrix, Grid(4, 16), matrix.dtype))
+            for name, matrix in matrices.items()
+        }
+
+    method = sequential.Method("nearest", {}, update, layout="compressed-tensors", grid=Grid(4, 16))
+    sequential.compress(decoder.Decoder(place / "model"), method, place / "packed", base="model")
+    line = refused(capsys, "packed", *GOOD[1:])
+    assert "packed is quantized (compressed-tensors), and training would undo that" in line
+    assert not (place / "out").exists()
+
+
+def damage(file, value):
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_weights_with_a_nan(place, capsys):
+    damage(place / "model" / "model.safetensors", float("nan"))
+    line = refused(capsys, *GOOD)
+    assert "the validation loss is nan at step 0: the model's weights are damaged" in line
+    assert {p.name for p in place.iterdir()} == {"model", "text.txt"}
+
+
+def test_training_that_diverges(place, capsys):
+    line = refused(capsys, *GOOD, "--tune", "full", "--learning_rate", "1e30")
+    assert "at step 2: training diverged; use a lower --learning_rate than 1e+30" in line
+    assert {p.name for p in place.iterdir()} == {"model", "text.txt"}
+
+
+def test_a_teacher_with_other_words(place, capsys, monkeypatch):
+    shutil.copytree(place / "model", place / "teacher")
+    monkeypatch.setattr(families, "TEXT", "class Other:\n    pass\n" * 9)
+    families.save_tokenizer(place / "teacher")
+    assert "has another vocabulary" in refused(capsys, *GOOD, "--teacher", "teacher")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_absent_gpu(place, capsys):
+    assert "no CUDA device here" in refused(capsys, *GOOD, "--device", "cuda")
+
+
+def test_help_needs_no_torch():
+    start = time.perf_counter()
+    code = (
+        "import sys; from sparse.recover import parser; parser(); assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert time.perf_counter() - start < 5
