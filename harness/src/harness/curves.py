@@ -196,15 +196,16 @@ def bubble(all_results: Sequence[dict], path: Path) -> None:
 
 
 def _legends(pyplot, axis, names: Sequence[str], largest: float) -> None:
-    """Beside the axis what the colours mean, below that what the areas mean."""
+    """Below the axis what the colours mean, beside it what the areas mean."""
     handles = [
         pyplot.Line2D(
             [], [], marker=_marker(names, n), linestyle="", color=_colour(names, n), label=n
         )
         for n in names
     ]
-    first = axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
-    axis.add_artist(first)
+    axis.figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(names), 3), frameon=False
+    )
     # A marker's size is its diameter in points, a scattered point's its area.
     handles = [
         pyplot.Line2D(

@@ -87,13 +87,13 @@ def _zeros(folder: Path, layout: str, disk: int) -> list[tuple[str, str]]:
     return [
         ("zeros", f"{100 * found.share:.2f} % of the blocks' linears, {spread}"),
         (f"as {other}", f"{size / 1e6:,.2f} MB (harness convert --format {other})"),
-        ("speed", sparsity.NO_KERNELS),
+        ("faster?", sparsity.NO_KERNELS),
     ]
 
 
 def _smaller(steps: list[dict]) -> list[tuple[str, str]]:
     structured = any("pruning_ratio" in step["settings"] for step in steps if "settings" in step)
-    return [("speed", sparsity.SMALLER)] if structured else []
+    return [("faster?", sparsity.SMALLER)] if structured else []
 
 
 def _steps(folder: Path) -> list[dict]:

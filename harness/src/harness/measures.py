@@ -91,6 +91,8 @@ def footprint_step(subject: Subject, loads: bool) -> Step:
         bits, how = size.bits_per_weight, "quantized linears with their scales and zeros"
         if bits is None:
             bits, how = size.bits_per_parameter, "not quantized"
+            if subject.layout == "bitmask":
+                how = "all parameters, the zeros stored away"
         stored, where = size.disk_bytes, "weight files on disk"
         memory = memory_bytes(subject.model) if loads else None
         if load:
@@ -335,8 +337,8 @@ def speed_step(subject: Subject) -> Step:
         else:
             result = speed.measure(subject.model, **sizes)
         protocol = f"{args.engine} on {result.device}, batch {batch}, median of {result.repeats}"
-        if args.engine == "transformers" and subject.layout != "dense":
-            protocol += "; weights unpacked on load, so as slow as dense"
+        if args.engine == "transformers" and subject.layout not in formats.PRUNED_FORMATS:
+            protocol += "; weights dequantized on load, so as slow as dense"
         share = 100 * result.read_gb_s / result.copy_gb_s
         step_ms = 1e3 * batch / result.decode_tokens_s
         seconds = result.first_token_s + (new - 1) * step_ms / 1e3

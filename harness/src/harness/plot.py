@@ -7,8 +7,10 @@ from harness.errors import UserError
 from harness.report import rows_of, write_atomically
 
 SIZE = "MB"
-COLOURS = ("#33415c", "#c1443c", "#1f7a8c", "#d98e04", "#6a4c93", "#4f772d", "#8d6e63",
-    "#d16ba5", "#5b8def", "#7f7f7f")  # fmt: skip
+COLOURS = (
+    "#33415c", "#c1443c", "#1f7a8c", "#d98e04", "#6a4c93", "#4f772d", "#8d6e63", "#d16ba5",
+    "#5b8def", "#7f7f7f",
+)  # fmt: skip
 
 
 def frontier(points: Sequence[tuple[float, float]], better: str) -> list[int]:

@@ -10,10 +10,10 @@ from harness import bitmask
 
 WORTH_SAYING = 0.01  # below this share zeros are chance
 NO_KERNELS = (
-    "as slow and as large in memory as the dense model: no engine here has kernels for scattered "
-    "or n:m zeros (smaller matrices, as python -m sparse.llm_pruner makes them, do run faster)"
+    "not for its zeros: no engine here has kernels for scattered or n:m zeros, which take the time "
+    "and memory of any other number (smaller matrices, by python -m sparse.llm_pruner, save both)"
 )
-SMALLER = "its matrices are smaller than the original's, so every engine runs it faster"
+SMALLER = "yes: its matrices are smaller than the original's, for every engine"
 
 
 @dataclass(frozen=True)
