@@ -1,6 +1,7 @@
 """Whole runs against loops over transformers models, and what the results hold."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,10 +11,11 @@ import torch
 import yaml
 from harness.decoder import stream_logits
 from sparse import magnitude, prune, sparsegpt, wanda
+from sparse.command import honest_line
 from sparse.ratios import outlier_ratio, sparsities
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint, data, decoder
+from harness import checkpoint, data, decoder, footprint
 from harness import stages as stages_module
 
 QUICK = {"nsamples": 5, "seqlen": 32}
@@ -273,6 +275,20 @@ def test_commands(place, tmp_path, method, monkeypatch, capsys):
     assert main([*words, "--sparsity", ".3", "--dry-run"]) == 0
     assert f"{method}: 5 blocks -> llama-{method}-30" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == [f"llama-{method}-2of4"]
+
+
+def test_the_honest_line_says_what_the_files_weigh(place, tmp_path):
+    lines, stored = set(), []
+    for layout in ("dense", "bitmask"):
+        rows = run(place, tmp_path / layout, method="wanda", format=layout, prune_only="mlp")
+        lines.add(honest_line(rows, tmp_path / layout))
+        size = footprint.footprint(tmp_path / layout)
+        stored.append(size.bits_per_parameter * size.parameters / 8e6)
+    (line,) = lines
+    assert "50.0% of the pruned linears" in line and "no engine here has kernels" in line
+    said = re.search("([0-9.]+) MB on disk dense, ([0-9.]+) MB as bitmask", line).groups()
+    assert list(map(float, said)) == pytest.approx(stored, rel=0.01)
+    assert stored[1] < 0.9 * stored[0]
 
 
 def test_gmp_is_magnitude_pruning(place, tmp_path):

@@ -153,17 +153,16 @@ def print_table(rows: list[dict]) -> None:
 
 def honest_line(rows: list[dict], out: Path) -> str:
     """What the zeros are worth: shares, bytes on disk, and that nothing here runs them faster."""
-    from harness import checkpoint, footprint
+    from harness import checkpoint, footprint, sparsity
 
     config = checkpoint.load_config(out)
     parameters = footprint.stored_size(out, config).parameters
     item = config.dtype.itemsize
     zeros, weights = (sum(row[key] for row in rows) for key in ("zeros", "weights"))
     dense = parameters * item
-    bitmask = dense - zeros * item + weights / 8
+    bitmask = dense - sum(max(0, row["zeros"] * item - row["weights"] / 8) for row in rows)
     return (
         f"{zeros / weights:.1%} of the pruned linears, {zeros / parameters:.1%} of the model are "
-        f"zeros; {dense / 1e6:.2f} MB on disk dense, {bitmask / 1e6:.2f} MB as bitmask. No kernel "
-        "here runs them faster: unstructured or n:m zeros are multiplied like other numbers (on a "
-        "CPU, CSR wins only near 90 % zeros)."
+        f"zeros; {dense / 1e6:.3f} MB on disk dense, {bitmask / 1e6:.3f} MB as bitmask; "
+        f"{sparsity.NO_KERNELS}; on a CPU, CSR wins only near 90 % zeros."
     )

@@ -101,7 +101,8 @@ def prune(
     decoder = Decoder(folder, device=device, dtype=torch_dtype)
     chosen = _chosen(decoder, minlayer, maxlayer, prune_only, invert)
     _check_divides(chosen, goal)
-    if format == "gptq" and len(chosen) < sum(len(linears(b)) for b in decoder.blocks):
+    all_of_them = len(chosen) == sum(len(linears(block)) for block in decoder.blocks)
+    if format == "gptq" and not all_of_them:
         raise UserError("the gptq format holds all linears or none; use compressed-tensors.")
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
@@ -111,20 +112,20 @@ def prune(
     settings = {
         "sparsity": goal.sparsity, "prunen": goal.n, "prunem": goal.m, "ratios": ratios,
     }  # fmt: skip
-    if ratios == "owl":
-        settings |= {"owl_lambda": owl_lambda, "owl_m": owl_m}
-    if method == "sparsegpt":
-        settings |= {"percdamp": percdamp, "blocksize": blocksize, "wbits": wbits}
-        settings |= {"groupsize": groupsize, "sym": sym} if grid else {}
-    elif method == "wanda":
-        settings |= {"use_variant": use_variant}
-    else:
-        settings |= {"per_row": per_row}
-    if method != "magnitude":
-        settings |= {"true_sequential": true_sequential}
-    if len(chosen) < sum(len(linears(b)) for b in decoder.blocks):
-        settings |= {"minlayer": minlayer, "maxlayer": maxlayer}
-        settings |= {"prune_only": prune_only, "invert": invert}
+    settings |= {"owl_lambda": owl_lambda, "owl_m": owl_m} if ratios == "owl" else {}
+    settings |= {
+        "sparsegpt": {
+            "true_sequential": true_sequential, "percdamp": percdamp, "blocksize": blocksize,
+            "wbits": wbits,
+        },
+        "wanda": {"true_sequential": true_sequential, "use_variant": use_variant},
+        "magnitude": {"per_row": per_row},
+    }[method]  # fmt: skip
+    settings |= {"groupsize": groupsize, "sym": sym} if grid else {}
+    if not all_of_them:
+        settings |= {
+            "minlayer": minlayer, "maxlayer": maxlayer, "prune_only": prune_only, "invert": invert,
+        }  # fmt: skip
 
     windows = calibration = None
     if method != "magnitude" or ratios == "owl":
@@ -138,14 +139,9 @@ def prune(
         tokenizer = checkpoint.load_tokenizer(folder)
         windows = data.calibration(tokenizer, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)
     statistics = {"sparsegpt": Hessian, "wanda": methods.Norms, "magnitude": None}[method]
+    packed = grid if format in PACKED else None
     job = sequential.Method(
-        method,
-        settings,
-        None,
-        statistics,
-        true_sequential,
-        layout=format,
-        grid=grid if format in PACKED else None,
+        method, settings, None, statistics, true_sequential, layout=format, grid=packed
     )
     if dry_run:
         from harness.plan import print_plan
