@@ -14,7 +14,7 @@ from sparse.recover import main
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import training_data
+from harness import checkpoint, training_data
 
 QUICK = {"max_steps": 6, "cutoff_len": 32, "learning_rate": 0.01, "eval_steps": 3}
 
@@ -225,6 +225,42 @@ def test_zeros_stay_or_are_filled_knowingly(place, tmp_path):
         assert torch.equal(new == 0, zeros[name]), name
         assert not torch.equal(new, model.get_parameter(name)), name
     assert all((filled.get_parameter(name) != 0).float().mean() > 0.99 for name in linears)
+
+
+def test_blocks_of_unequal_size_stay_so(place, tmp_path):
+    from sparse import structured
+
+    cut, out, text = tmp_path / "cut", tmp_path / "out", str(place / "text.txt")
+    structured.prune(
+        str(place / "llama"), text, out=cut, pruning_ratio=0.5, block_mlp_layers=(1, 4),
+        block_attention_layers=(2, 4), num_examples=2, max_seq_len=16,
+    )  # fmt: skip
+    result = recovery.recover(str(cut), text, out=out, teacher=str(place / "llama"), **QUICK)
+    old, new = (checkpoint.load_model(folder) for folder in (cut, out))
+    shapes = {name: p.shape for name, p in old.named_parameters()}
+    assert {name: p.shape for name, p in new.named_parameters()} == shapes
+    assert len({p.shape for n, p in new.named_parameters() if "down_proj" in n}) == 2
+    ids = torch.stack([ids for ids, _ in held_out(cut, text, 32, 32)]).long()
+    with torch.no_grad():
+        logits = new(ids).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert loss == pytest.approx(result.after, abs=1e-5) and result.after < result.before - 0.1
+    assert len(yaml.safe_load((out / "recipe.yaml").read_text())["steps"]) == 2
+    assert "the harness only" in (out / "README.md").read_text()
+
+
+def test_a_bitmask_checkpoint_comes_back_dense_with_its_zeros(place, tmp_path, capsys):
+    from sparse import magnitude
+
+    text, packed, out = str(place / "text.txt"), tmp_path / "packed", tmp_path / "out"
+    words = [str(place / "llama"), "--sparsity", "0.5", "--format", "bitmask"]
+    assert magnitude.main([*words, "--out", str(packed)]) == 0
+    recovery.recover(str(packed), text, out=out, tune="full", **QUICK)
+    assert "packed is stored as bitmask; the result is written dense" in capsys.readouterr().err
+    old, new = checkpoint.load_model(packed), AutoModelForCausalLM.from_pretrained(out)
+    for name in tuning.block_linears(old):
+        one, other = (m.get_parameter(f"{name}.weight") for m in (old, new))
+        assert torch.equal(one == 0, other == 0) and not torch.equal(one, other)
 
 
 def test_a_teacher_pulls_towards_itself(place, tmp_path):
