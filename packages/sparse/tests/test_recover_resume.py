@@ -78,7 +78,7 @@ def test_two_ranks_equal_one(inputs, tmp_path):
     command += ["--cutoff_len", "32", "--max_steps", "6", "--learning_rate", "0.003"]
     command += ["--lora_dropout", "0", "--batch_size", "7", "--micro_batch_size", "2"]
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
     losses = {}
     for name, launch in (("one", []), ("two", launcher)):
         done = subprocess.run(
@@ -89,6 +89,7 @@ def test_two_ranks_equal_one(inputs, tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
+        assert ("dealt to 2 processes" in done.stderr) == (name == "two")
         looks = json.loads((tmp_path / name / "compression_log.json").read_text())["looks"]
         losses[name] = [v for row in looks for k, v in row.items() if "_loss" in k and v]
     assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)

@@ -15,7 +15,8 @@ examples:
       all weights, on windows of text; a sparse model keeps its zeros
   python -m sparse.recover PRUNED --dataset c4 --teacher DENSE --out RECOVERED
       LoRA, and distillation from the dense model
-  accelerate launch --num_processes 4 -m sparse.recover PRUNED --dataset alpaca --out RECOVERED
+  torchrun --nproc-per-node 4 -m sparse.recover PRUNED --dataset alpaca --out RECOVERED
+      each batch dealt to 4 GPUs or CPU processes; accelerate launch --multi_gpu does the same
 then:
   harness eval RECOVERED --ppl wikitext2 --divergence-from DENSE
 """

@@ -105,7 +105,7 @@ def recover(
         tokenizer, dataset, seqlen=seqlen, held_out=val_set_size or kind["val_set_size"],
         limit=limit, train_on_inputs=train_on_inputs, seed=seed,
     )  # fmt: skip
-    checks.check_tokens(data, config)
+    checks.check_tokens(data + held, config)
     batch = min(batch_size or kind["batch_size"], len(data))
     steps = max(1, math.ceil(num_epochs * len(data) / batch))
     steps = min(steps, max_steps or steps)
