@@ -5,6 +5,7 @@ from pathlib import Path
 
 from harness import cli
 
+PACKED = ("compressed-tensors", "gptq")
 CHOICES = {"unstructured": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
 
 
@@ -77,7 +78,7 @@ def add_flags(p: argparse.ArgumentParser, *, data: str, packed: bool = False) ->
     how.add_argument(
         "--format",
         default="dense",
-        choices=["dense", "bitmask", *(["compressed-tensors", "gptq"] if packed else [])],
+        choices=["dense", "bitmask", *(PACKED if packed else [])],
         help="how the result is stored: dense (default, loads everywhere, saves nothing), bitmask "
         "(zeros are not stored; only the harness reads it)"
         + (", or packed integers with --wbits" if packed else ""),
@@ -109,7 +110,7 @@ def _run(args: argparse.Namespace, method: str, options: dict) -> None:
         lead = distributed.rank() == 0
     if lead and not args.dry_run:
         print_table(rows)
-        print(honest_line(rows, Path(out)))
+        print(honest_line(rows, Path(out), args.format))
         print(f"written to {out}")
 
 
@@ -151,18 +152,19 @@ def print_table(rows: list[dict]) -> None:
         print(f"| {kind} | {zeros:.4f} | {' | '.join(cells)} |")
 
 
-def honest_line(rows: list[dict], out: Path) -> str:
+def honest_line(rows: list[dict], out: Path, layout: str) -> str:
     """What the zeros are worth: shares, bytes on disk, and that nothing here runs them faster."""
     from harness import checkpoint, footprint, sparsity
 
     config = checkpoint.load_config(out)
-    parameters = footprint.stored_size(out, config).parameters
+    size = footprint.stored_size(out, config)
+    packed = f", {size.disk_bytes / 1e6:.3f} MB as {layout}" if layout in PACKED else ""
     item = config.dtype.itemsize
     zeros, weights = (sum(row[key] for row in rows) for key in ("zeros", "weights"))
-    dense = parameters * item
+    dense = size.parameters * item
     bitmask = dense - sum(max(0, row["zeros"] * item - row["weights"] / 8) for row in rows)
     return (
-        f"{zeros / weights:.1%} of the pruned linears, {zeros / parameters:.1%} of the model are "
-        f"zeros; {dense / 1e6:.3f} MB on disk dense, {bitmask / 1e6:.3f} MB as bitmask; "
+        f"{zeros / weights:.1%} of the pruned linears, {zeros / size.parameters:.1%} of the model "
+        f"are zeros; on disk {dense / 1e6:.3f} MB dense, {bitmask / 1e6:.3f} MB as bitmask{packed}; "
         f"{sparsity.NO_KERNELS}; on a CPU, CSR wins only near 90 % zeros."
     )

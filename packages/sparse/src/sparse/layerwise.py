@@ -11,10 +11,10 @@ from harness.stages import get_matrix, linears
 
 from harness import checkpoint, data, distributed, preflight, sequential, writer
 from sparse import methods
+from sparse.command import PACKED
 from sparse.ratios import owl
 
 METHODS = ("sparsegpt", "wanda", "magnitude")
-PACKED = ("compressed-tensors", "gptq")
 FORMATS = ("dense", "bitmask", *PACKED)
 EVERY_BLOCK = 1000
 
