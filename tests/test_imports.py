@@ -10,9 +10,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.name for path in (ROOT / "packages").iterdir() if (path / "src").is_dir())
 MATHEMATICS = [
-    ROOT / "packages/gptq/src/gptq" / name
-    for name in ("solver.py", "kernel.py")  # other packages' solvers join here
+    ROOT / f"packages/{package}/src/{package}/{name}.py"
+    for package, names in {
+        "gptq": ("solver", "kernel"),
+        "sparse": ("solver", "kernel", "masks"),
+    }.items()
+    for name in names
 ]
+# Every module that a command runs: those that are called with `python -m`, and the programs.
+COMMANDS = ["harness", "gptq"] + sorted(
+    f"{path.parent.name}.{path.stem}"
+    for path in ROOT.glob("packages/*/src/*/*.py")
+    if path.stem != "cli" and '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -42,7 +52,7 @@ def test_no_package_imports_a_method_of_another(room):
             assert not any(reaches(name, other) for other in others), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", MATHEMATICS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MATHEMATICS, ids=lambda path: f"{path.parent.name}.{path.stem}")
 def test_mathematics_import_torch_and_the_grid_alone(path):
     package = path.parent.name
     for name in imports(path):
@@ -53,7 +63,7 @@ def test_mathematics_import_torch_and_the_grid_alone(path):
         assert allowed, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["harness", *METHODS])
+@pytest.mark.parametrize("module", COMMANDS)
 def test_importing_a_command_line_imports_nothing_heavy(module, run_python):
     """What keeps --help under a second."""
     heavy = ["torch", "transformers", "numpy", "datasets", "matplotlib", "pandas", "triton"]

@@ -66,16 +66,21 @@ def recipe(source: Path, step: dict) -> str:
 
 def model_card(base: str, step: dict, layout: str, sizes: dict[str, float], read_by: str) -> str:
     """README.md of a result. ``sizes``: label -> megabytes or bits per weight."""
-    data = step.get("calibration") or {}
-    calibration = (
+    trained = step.get("training")
+    data = trained or step.get("calibration") or {}
+    used = (
         f"{data['nsamples']} windows of {data['seqlen']} tokens of `{data['dataset']}`, "
         f"seed {data['seed']}"
         if data
         else "none needed"
     )
+    if trained:
+        used = used.replace(" windows of ", " examples of at most ", 1)
     # A conversion changes no weight, and the base may be anything.
     compressed = step["method"] != "convert"
     done = f"compressed with {step['method']}" if compressed else f"stored as {layout}"
+    if trained:
+        done = f"tuned with {step['method']}"
     settings = "\n".join(f"| {key} | {value} |" for key, value in step["settings"].items())
     size_lines = "\n".join(f"| {label} | {value:.2f} |" for label, value in sizes.items())
     return f"""---
@@ -92,7 +97,7 @@ Made from `{base}` with
 
 | | |
 | --- | --- |
-| calibration | {calibration} |
+| {"training" if trained else "calibration"} | {used} |
 | stored as | {layout} |
 | read by | {read_by} |
 {size_lines}

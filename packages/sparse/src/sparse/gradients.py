@@ -50,10 +50,11 @@ def backward(
     """
     share = windows[distributed.shares(len(windows))[distributed.rank()]]
     examples = [window[None] for window in share]
-    model, outer = decoder.model, wanted(None)
-    first = 0 if outer else next((i for i in range(len(decoder)) if wanted(i)), len(decoder))
-    decoder.embed(windows[:1])  # loads what lies outside the blocks
+    model = decoder.model
+    decoder.embed(windows[:1])  # loads what lies outside the blocks, and ties it
     prepare(None, model)
+    outer = wanted(None)
+    first = 0 if outer else next((i for i in range(len(decoder)) if wanted(i)), len(decoder))
     hidden = [decoder.embed(ids) for ids in examples]
     inputs = []
     for index in track(range(len(decoder)), "forward", len(decoder)):

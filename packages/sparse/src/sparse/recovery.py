@@ -178,10 +178,10 @@ def recover(
         distributed.say("no look found a better loss than before: the model is written unchanged")
     student = tuning.finish(student, stored)
     after = look(student)
-    calibration = {"dataset": dataset, "nsamples": len(data), "seqlen": seqlen, "seed": seed}
+    training = {"dataset": dataset, "nsamples": len(data), "seqlen": seqlen, "seed": seed}
     step = {
         "method": "recover", "base": model, "command": command, "settings": settings,
-        "calibration": calibration,
+        "training": training,
     }  # fmt: skip
     distributed.lead(lambda: _write(student, folder, step, progress, after, store, overwrite))
     return Result(
