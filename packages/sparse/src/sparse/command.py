@@ -163,8 +163,9 @@ def honest_line(rows: list[dict], out: Path, layout: str) -> str:
     zeros, weights = (sum(row[key] for row in rows) for key in ("zeros", "weights"))
     dense = size.parameters * item
     bitmask = dense - sum(max(0, row["zeros"] * item - row["weights"] / 8) for row in rows)
+    sizes = f"{dense / 1e6:.3f} MB dense, {bitmask / 1e6:.3f} MB as bitmask{packed}"
     return (
         f"{zeros / weights:.1%} of the pruned linears, {zeros / size.parameters:.1%} of the model "
-        f"are zeros; {dense / 1e6:.3f} MB dense, {bitmask / 1e6:.3f} MB as bitmask{packed} on disk; "
-        f"{sparsity.NO_KERNELS}; on a CPU, CSR wins only near 90 % zeros."
+        f"are zeros; on disk {sizes}; {sparsity.NO_KERNELS}; on a CPU, CSR wins only near 90 % "
+        "zeros."
     )
