@@ -69,7 +69,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_is_better(place, tmp_path, fa
     step = yaml.safe_load((out / "recipe.yaml").read_text())["steps"][-1]
     assert step["method"] == "recover" and step["settings"]["tune"] == tune
     card = (out / "README.md").read_text()
-    assert f"# {family}, tuned with recover" in card and "| training | 199 examples of at" in card
+    assert f"# {family}, tuned with recover" in card and "examples of at most 32 tokens of" in card
     old, new = (json.loads((f / "config.json").read_text()) for f in (place / family, out))
     assert {k: v for k, v in new.items() if k != "dtype"} == {
         k: v for k, v in old.items() if k not in ("dtype", "torch_dtype")
