@@ -31,6 +31,13 @@ from harness import distributed, writer
 from harness.errors import UserError
 
 SCHEDULES = ("cosine", "constant")
+DIVERGED = (
+    ": training diverged; lower the learning rate (with --no-resume), or use --dtype float32."
+)
+
+
+class Diverged(UserError):
+    """A loss that is not finite: the same command would end so again."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ def train_step(
         "loss" and what was reported, per token over all ranks.
 
     Raises:
-        UserError: the loss is not finite.
+        Diverged: the loss is not finite.
     """
     seed(training, step)
     tokens = distributed.sum_number(float(sum(batch["tokens"] for batch in batches)))
@@ -200,13 +207,11 @@ def train_step(
         engine.backward(loss * share)
         engine.step()
         for name, value in {"loss": loss, **report}.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+            value = value.item() if isinstance(value, torch.Tensor) else value
+            sums[name] = sums.get(name, 0.0) + value
     means = {name: distributed.sum_number(value) / max(tokens, 1.0) for name, value in sums.items()}
     if not isfinite(means["loss"]):
-        raise UserError(
-            f"the loss of step {step} is {means['loss']}; lower the learning rate, or use --dtype "
-            "float32. The last saved state is kept."
-        )
+        raise Diverged(f"the loss of step {step} is {means['loss']}{DIVERGED}")
     return means
 
 

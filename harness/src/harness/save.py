@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import card, writer
@@ -22,6 +23,7 @@ def save_model(
     read_by: str | None = None,
     overwrite: bool = False,
     staging: Path | None = None,
+    beside: Sequence[Path] = (),
 ) -> Path:
     """Write ``model``, a transformers causal LM, in its own dtype to the folder ``out``.
 
@@ -33,6 +35,7 @@ def save_model(
         config: the whole of config.json (default: the source's, with the model's dtype).
         read_by: what loads the result (default: what loads any dense checkpoint).
         staging: where it is put together (default: ``out`` + ".partial"); emptied first.
+        beside: folders that are copied into the result, those that are there.
 
     Raises:
         UserError: ``out`` is in the way, or the disk is full.
@@ -60,6 +63,9 @@ def save_model(
     }
     for name, text in texts.items():
         writer.write_text(staging / name, text)
+    for folder in beside:
+        if folder.is_dir():
+            shutil.copytree(folder, staging / folder.name)
     replaced = writer.put_in_place(staging, out, overwrite)
     shutil.rmtree(replaced, ignore_errors=True)
     return out

@@ -1,0 +1,282 @@
+"""The training loop of every trainer of the house, on DeepSpeed (engine.py): batches in, the best
+checkpoint out, and a run killed at any moment goes on as if nothing had been.
+
+Files of a run: ``OUT.partial.json`` says what run it is; ``OUT.partial/`` holds the last state, the
+best weights so far and TensorBoard's events; at the end ``OUT`` is put together there and renamed.
+Nothing random is kept: data order and dropout follow from the seed and the number of the step.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from harness import checkpoint, distributed, engine, save, writer
+from harness.engine import Diverged, Training
+from harness.meter import Meter
+
+BETTER = {"lower": lambda new, old: new < old, "higher": lambda new, old: new > old}
+
+
+@dataclass
+class Progress:
+    """Where a run stands; JSON keeps it exactly. ``since_look``: sum of losses, and of what?"""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int | None = None
+    since_look: dict[str, float] = field(default_factory=dict)
+    steps_since_look: int = 0
+    rows: list[dict] = field(default_factory=list)
+
+
+def train(
+    model: torch.nn.Module,
+    training: Training,
+    *,
+    batches: Callable[[int], list[dict]],
+    loss_of: Callable,
+    out: Path,
+    identity: dict,
+    step_entry: dict,
+    source: Path,
+    evaluate: Callable | None = None,
+    better: str = "lower",
+    eval_steps: int | None = None,
+    save_steps: int | None = None,
+    boundary: Callable[[int], bool] | None = None,
+    finish: Callable[[dict[str, torch.Tensor]], torch.nn.Module] | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> dict:
+    """Train ``model`` for ``training.steps`` optimizer steps and write the best seen to ``out``.
+
+    To be called by every rank, after :func:`harness.engine.launch`. The model is trained in the
+    mode, train or eval (no dropout), that it comes in.
+
+    Args:
+        batches: step -> this rank's ``training.accumulate`` micro-batches. Each has "tokens", what
+            its loss sums over, and may have "read", all the tokens the model sees, for the speed.
+        loss_of: (engine, batch) -> (sum of losses, {name: another such sum, to report}).
+        identity: :func:`harness.writer.fingerprint` of the run; a state of another one is refused.
+        step_entry: what was done, for recipe.yaml and the card: method, base, command, settings.
+        source: the folder of the checkpoint that the model came from.
+        evaluate: (engine, step) -> {"value": ..., and more to log}, equal on all ranks, the model
+            being in eval mode. Called at the start, every ``eval_steps`` and at the end; the best
+            value's weights are written. Without it the last weights are.
+        better: "lower" or "higher" values.
+        save_steps: steps between saved states (default: ``eval_steps``).
+        boundary: whether a state may be saved after so many steps; it waits until one may.
+        finish: trained tensors by parameter name, on the CPU -> the model to be written, on rank 0
+            (default: ``source`` with them put in).
+
+    Returns:
+        rows (a look each), best, best_step, steps, tokens, seconds.
+
+    Raises:
+        UserError: ``out`` is in the way, another run has begun there, the disk is full.
+        Diverged: a loss or value is not finite; the batch is saved beside ``out``.
+    """
+    run = _Run(Path(out), identity, overwrite, resume)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    dtype, mode = next(model.parameters()).dtype, model.training
+    running = engine.start(model, training)
+    progress = run.load(running)
+    clock = time.perf_counter() - progress.seconds
+    every = save_steps or eval_steps
+
+    def look():
+        if evaluate:
+            running.eval()
+            _look(run, running, trained, progress, evaluate(running, progress.step), better)
+            running.train(mode)
+
+    def save_state():
+        progress.seconds = time.perf_counter() - clock
+        run.save(running, progress)
+
+    if not progress.rows:
+        look()
+    running.train(mode)
+    meter = Meter(step_entry["method"], training.steps, progress.step, progress.tokens)
+    log = run.events(progress.step)
+    waiting = False
+    while progress.step < training.steps:
+        batch = batches(progress.step)
+        try:
+            means = engine.train_step(
+                running, training, progress.step, batch, lambda b: loss_of(running, b)
+            )
+        except Diverged as error:
+            run.save_batch(progress.step, batch, error)
+            raise
+        rate = training.learning_rate * engine.rate(training, progress.step)
+        read = sum(b.get("read", b["tokens"]) for b in batch)
+        progress.tokens += int(distributed.sum_number(float(read)))
+        progress.step += 1
+        progress.steps_since_look += 1
+        for name, value in means.items():
+            progress.since_look[name] = progress.since_look.get(name, 0.0) + value
+        meter.show(progress.step, means, rate, progress.tokens)
+        log({f"train/{k}": v for k, v in means.items()} | {"train/lr": rate}, progress.step)
+        last = progress.step == training.steps
+        if (eval_steps and progress.step % eval_steps == 0) or last:
+            look()
+            if evaluate:
+                shown = progress.rows[-1]
+                log({f"eval/{k}": v for k, v in shown.items() if k != "step"}, progress.step)
+        waiting |= bool(every and progress.step % every == 0)
+        if waiting and not last and (boundary is None or boundary(progress.step)):
+            save_state()
+            waiting = False
+    meter.close()
+    log(None, progress.step)
+    progress.seconds = time.perf_counter() - clock
+    if progress.best_step is None:
+        run.keep_best(running, trained, progress.step)
+        progress.best_step = progress.step
+    finish = finish or (lambda tensors: put_in(checkpoint.load_model(source), tensors, dtype))
+    distributed.lead(lambda: run.write(progress, finish, source, step_entry, overwrite))
+    return {
+        "rows": progress.rows, "best": progress.best, "best_step": progress.best_step,
+        "steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def put_in(model, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
+    """``model`` in ``dtype`` with the parameters ``tensors``, by name."""
+    model = model.to(dtype)
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)
+    return model
+
+
+def _look(run, running, trained, progress: Progress, values: dict, better: str) -> None:
+    """One row of the log; better weights than ever are kept."""
+    value = values["value"]
+    if not math.isfinite(value):
+        raise Diverged(
+            f"the validation value is {value} after {progress.step} steps"
+            + ("; the model's weights are damaged." if progress.step == 0 else engine.DIVERGED)
+        )
+    means = {k: v / progress.steps_since_look for k, v in progress.since_look.items()}
+    progress.since_look, progress.steps_since_look = {}, 0
+    row = {f"training_{name}": mean for name, mean in means.items()} | values
+    progress.rows.append({"step": progress.step, "tokens": progress.tokens, **row})
+    shown = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in row.items())
+    distributed.say(f"step {progress.step}: {shown}")
+    if progress.best is None or BETTER[better](value, progress.best):
+        progress.best, progress.best_step = value, progress.step
+        run.keep_best(running, trained, progress.step)
+
+
+class _Run:
+    """The files of one run. Rank 0 writes names; the engine's states are written by all."""
+
+    def __init__(self, out: Path, identity: dict, overwrite: bool, resume: bool):
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self.file = out.with_name(out.name + ".partial.json")
+        self.states = self.partial / "states"
+        ranks = identity | {"processes": distributed.world_size()}
+        distributed.lead(lambda: self._open(ranks, overwrite, resume))
+
+    def _open(self, identity: dict, overwrite: bool, resume: bool) -> None:
+        writer.check_out(self.out, overwrite)
+        if resume and self.file.is_file() and (self.states / "state.json").is_file():
+            writer.refuse_other_run(self.partial, json.loads(self.file.read_text()), identity)
+            return
+        self.forget()
+        self.states.mkdir(parents=True)
+        writer.write_text(self.file, json.dumps(identity, indent=1))
+
+    def forget(self) -> None:
+        self.file.unlink(missing_ok=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def load(self, running) -> Progress:
+        state = engine.load_state(running, self.states)
+        if state is None:
+            return Progress()
+        distributed.say(f"resuming: {state['progress']['step']} steps are done")
+        return Progress(**state["progress"])
+
+    def save(self, running, progress: Progress) -> None:
+        engine.save_state(running, self.states, {"progress": asdict(progress)})
+
+        def forget_worse():
+            for path in self.partial.glob("best-*.safetensors"):
+                if path != self._best(progress.best_step):
+                    path.unlink()
+
+        distributed.lead(forget_worse)
+
+    def _best(self, step: int | None) -> Path:
+        return self.partial / f"best-{step}.safetensors"
+
+    def keep_best(self, running, trained: list[str], step: int) -> None:
+        tensors = engine.weights(running)
+        distributed.lead(
+            lambda: writer.save_tensors(self._best(step), {name: tensors[name] for name in trained})
+        )
+
+    def events(self, step: int) -> Callable[[dict | None, int], None]:
+        """(scalars or None to close, step) -> into TensorBoard's events, from rank 0, where
+        tensorboard is installed; those of steps after ``step`` are of a killed run, and void."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            distributed.say("no TensorBoard events: pip install tensorboard")
+            return lambda scalars, step: None
+        if distributed.rank() > 0:
+            return lambda scalars, step: None
+        events = SummaryWriter(self.partial / "tensorboard", purge_step=step + 1 if step else None)
+
+        def add(scalars, step):
+            if scalars is None:
+                events.close()
+                return
+            for name, value in scalars.items():
+                events.add_scalar(name, value, step)
+
+        return add
+
+    def save_batch(self, step: int, batches: list[dict], error: Diverged) -> None:
+        """This rank's batches of a step that failed, beside the output."""
+        name = f"{self.out.name}.failed-step{step}-rank{distributed.rank()}"
+        tensors, rest = {}, []
+        for number, batch in enumerate(batches):
+            parts = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            tensors |= {f"{number}.{key}": value for key, value in parts.items()}
+            rest.append({k: v for k, v in batch.items() if isinstance(v, int | float | str | list)})
+        path = self.out.with_name(f"{name}.safetensors")
+        writer.save_tensors(path, tensors)
+        text = json.dumps({"error": str(error), "step": step, "batches": rest}, indent=1)
+        writer.write_text(path.with_suffix(".json"), text)
+        distributed.say(f"the batch is saved as {path}")
+
+    def write(self, progress: Progress, finish, source: Path, step: dict, overwrite: bool) -> None:
+        tensors = load_file(self._best(progress.best_step))
+        model = finish(tensors)
+        save.save_model(
+            model,
+            source,
+            self.out,
+            base=step["base"],
+            step=step,
+            log={"looks": progress.rows, "written": {"step": progress.best_step}},
+            sizes={} if progress.best is None else {"best validation value": progress.best},
+            overwrite=overwrite,
+            staging=self.partial / "result",
+            beside=[self.partial / "tensorboard"],
+        )
+        self.forget()
