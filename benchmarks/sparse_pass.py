@@ -6,8 +6,10 @@
 SparseGPT's textbook order is that of gptq_pass.py (a Hessian per linear, sample by sample, full
 products, three factorizations, every block run twice) around the paper's column loop, with a sorted
 threshold every 128 columns. Wanda is measured against two plain forwards of the calibration set,
-which its plain order cannot do without. Every contestant runs in a process of its own. Errors are
-|(W - Q) X|² / |W X|² of every linear on the dense model's own inputs, measured afterwards.
+which its plain order cannot do without. Every contestant runs in a process of its own. Measured
+afterwards, in the same way for all: the error of the linears, |(W - Q) X|² / |W X|² on the dense
+model's own inputs (which favours the plain order, whose inputs they are), and that of the last
+block's output.
 """
 
 import argparse
@@ -96,6 +98,29 @@ def run_forwards(folder: Path, args) -> None:
         decoder.release(index)
 
 
+def last_errors(folder: Path, outs: dict[str, Path], args) -> dict[str, float]:
+    """|h - h'|² / |h|² of the last block's output h on four windows, for every result."""
+    from harness.decoder import Decoder
+    from safetensors.torch import load_file
+
+    def last(replaced):
+        decoder = Decoder(folder)
+        hidden = decoder.embed(gptq_pass.windows_of(args)[:4])
+        for index in range(len(decoder)):
+            own = decoder.block_tensors(index)
+            decoder.load(index, own | {name: replaced[name] for name in own if name in replaced})
+            hidden = decoder.forward(index, hidden)
+            decoder.release(index)
+        return hidden.float()
+
+    dense, errors = last({}), {}
+    for who, out in outs.items():
+        files = [load_file(path) for path in out.glob("*.safetensors")]
+        pruned = last({name: tensor for file in files for name, tensor in file.items()})
+        errors[who] = ((pruned - dense).square().sum() / dense.square().sum()).item()
+    return errors
+
+
 def contest(args) -> dict:
     import torch
 
@@ -149,17 +174,18 @@ def main() -> None:
             if "forwards" not in who
         }
         errors = gptq_pass.compare_errors(folder, outs, args)
+        ends = last_errors(folder, outs, args)
     print(
         f"hidden {args.hidden}, MLP {args.mlp}, {args.blocks} blocks, {args.nsamples} windows of "
         f"{args.seqlen}, {args.dtype}, {args.threads} thread(s), {SPARSITY:.0%} sparsity"
     )
-    print("| | CPU s | wall s | peak MB | mean error |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| | CPU s | wall s | peak MB | error of linears | error at the end |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for who, row in rows.items():
         mean = sum(e[who] for e in errors.values()) / len(errors) if who in outs else None
-        error = "" if mean is None else f"{mean:.5f}"
-        print(
-            f"| {who} | {row['cpu_s']:.1f} | {row['wall_s']:.1f} | {row['peak_mb']:.0f} | {error} |"
-        )
+        error = "|" if mean is None else f"{mean:.5f} | {ends[who]:.5f}"
+        sizes = f"{row['cpu_s']:.1f} | {row['wall_s']:.1f} | {row['peak_mb']:.0f}"
+        print(f"| {who} | {sizes} | {error} |")
     textbook, ordered, plain, forwards, wanda, _ = (row["cpu_s"] for row in rows.values())
     print(
         f"SparseGPT, textbook / ours: {textbook / ordered:.2f} ({textbook / plain:.2f} plain order)"
