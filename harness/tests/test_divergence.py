@@ -77,6 +77,27 @@ def test_a_loss_of_ones_own_is_a_row_function(logits):
     torch.testing.assert_close(d.mean_over_rows(mixed, teacher, student), expected)
 
 
+def test_sums_of_several_columns_with_what_else_a_row_needs(logits):
+    teacher, student = logits
+    weights = torch.arange(18.0).reshape(2, 9) % 4
+    labels = torch.arange(18).reshape(2, 9)
+
+    def rows(log_p, log_q, label):
+        nll = -log_q.gather(-1, label[:, None])[:, 0]
+        return torch.stack([nll, d.kl_rows(log_p, log_q)], -1)
+
+    student.requires_grad_()
+    sums = d.sum_over_rows(rows, teacher, student, weights, chunk=4, extras=[labels])
+    (2 * sums[0] + sums[1]).backward()
+    twin = student.detach().double().requires_grad_()
+    log_q = twin.log_softmax(-1)
+    nll = (-log_q.gather(-1, labels[..., None])[..., 0] * weights).sum()
+    divergence = (kl(probabilities(teacher, 1), log_q.exp()) * weights).sum()
+    (2 * nll + divergence).backward()
+    torch.testing.assert_close(sums.double(), torch.stack([nll, divergence]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(student.grad.double(), twin.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_masked_rows_may_hold_anything_and_none_left_gives_zero(logits):
     teacher, student = logits
     mask = torch.ones(2, 9)

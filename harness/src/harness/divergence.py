@@ -4,14 +4,14 @@ p is the teacher (the dense model), q the student (the compressed one); both com
 Everything runs on a slice of rows at a time, in float32, so two full log-softmax tensors never
 exist at once: forward holds one slice, backward recomputes it and holds one gradient in the
 student's dtype. Gradients reach the student only. A row function maps two log-probability tensors
-[R, V] to [R]; a new loss is a new row function handed to `mean_over_rows`.
+[R, V] to [R]; a new loss is a new row function handed to `sum_over_rows` or `mean_over_rows`.
 
 Sources: Hinton et al. 2015 (forward KL), MiniLLM arXiv 2306.08543 (reverse KL), GKD arXiv
 2306.13649 (generalised JSD).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ from harness.errors import UserError
 from harness.perplexity import model_logits
 from harness.progress import track
 
-RowFunction = Callable[[Tensor, Tensor], Tensor]
+RowFunction = Callable[..., Tensor]
 
 # Elements of one float32 slice (32 MB); a row function needs a handful of them.
 CHUNK_ELEMENTS = 2**23
@@ -51,23 +51,29 @@ def tv_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
-def mean_over_rows(
+def sum_over_rows(
     rows: RowFunction,
     teacher_logits: Tensor,
     student_logits: Tensor,
     mask: Tensor | None = None,
     temperature: float = 1.0,
     chunk: int | None = None,
+    extras: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Mean of a row function over rows: float32 scalar, differentiable in the student's logits.
+    """Sum of a row function over rows: float32, differentiable in the student's logits.
 
     Args:
-        rows: from (log_p, log_q), float32 [R, V], to [R].
+        rows: from (log_p, log_q, *extras), log-probabilities float32 [R, V] and extras [R], to [R],
+            or to [R, K] for K sums at once.
         teacher_logits, student_logits: [.., V], any float dtype, equal shapes, one device.
-        mask: [..], bool or weights; the mean is weighted by it. Rows of weight 0 are never
-            read (padding may hold anything); all zero gives 0.
+        mask: [..], bool or weights of the rows. Rows of weight 0 are never read (padding may hold
+            anything).
         temperature: divides both logits; the result is not multiplied by its square.
         chunk: rows at a time; by default as many as fill 32 MB in float32.
+        extras: what else a row needs (its label, say), each [..] of any dtype; no gradients.
+
+    Returns:
+        A scalar, or [K].
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
@@ -77,13 +83,30 @@ def mean_over_rows(
     vocabulary = student_logits.shape[-1]
     student = student_logits.reshape(-1, vocabulary)
     teacher = teacher_logits.detach().reshape(-1, vocabulary)
-    if mask is None:
-        weights = student.new_ones(len(student), dtype=torch.float32)
-    else:
-        weights = mask.reshape(-1).to(student.device, torch.float32)
+    weights = _weights(mask, student)
+    extras = [extra.reshape(-1) for extra in extras]
     chunk = chunk or max(1, CHUNK_ELEMENTS // vocabulary)
-    total = _ChunkedSum.apply(student, teacher, weights, rows, temperature, chunk)
+    return _ChunkedSum.apply(student, teacher, weights, rows, temperature, chunk, *extras)
+
+
+def mean_over_rows(
+    rows: RowFunction,
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """`sum_over_rows` over the mask's sum: the mean, weighted by the mask; 0 where all of it is."""
+    total = sum_over_rows(rows, teacher_logits, student_logits, mask, temperature, chunk)
+    weights = _weights(mask, student_logits.flatten(0, -2))
     return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _weights(mask: Tensor | None, rows: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones(len(rows), device=rows.device)
+    return mask.reshape(-1).to(rows.device, torch.float32)
 
 
 def forward_kl(teacher_logits, student_logits, mask=None, temperature=1.0, chunk=None) -> Tensor:
@@ -117,30 +140,33 @@ def top1_agreement(teacher_logits: Tensor, student_logits: Tensor, mask=None) ->
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """sum_i weights[i] * rows(log_softmax(teacher_i / t), log_softmax(student_i / t))."""
+    """sum_i weights[i] * rows(log_softmax(teacher_i / t), log_softmax(student_i / t), ..)."""
 
     @staticmethod
-    def forward(ctx, student, teacher, weights, rows, temperature, chunk):
-        ctx.save_for_backward(student, teacher, weights)
+    def forward(ctx, student, teacher, weights, rows, temperature, chunk, *extras):
+        ctx.save_for_backward(student, teacher, weights, *extras)
         ctx.settings = (rows, temperature, chunk)
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         for index in weights.nonzero()[:, 0].split(chunk):
-            values = rows(_log_p(teacher[index], temperature), _log_p(student[index], temperature))
-            total += (values * weights[index]).sum()
+            log_q = _log_p(student[index], temperature)
+            values = rows(_log_p(teacher[index], temperature), log_q, *(e[index] for e in extras))
+            total = total + weights[index] @ values
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        student, teacher, weights = ctx.saved_tensors
+        student, teacher, weights, *extras = ctx.saved_tensors
         rows, temperature, chunk = ctx.settings
         gradient = torch.zeros_like(student)
         for index in weights.nonzero()[:, 0].split(chunk):
             with torch.enable_grad():
                 leaf = student[index].detach().requires_grad_()
-                values = rows(_log_p(teacher[index], temperature), _log_p(leaf, temperature))
-                value = (values * weights[index]).sum() * grad_total
+                log_q = _log_p(leaf, temperature)
+                log_p = _log_p(teacher[index], temperature)
+                values = rows(log_p, log_q, *(e[index] for e in extras))
+                value = (weights[index] @ values * grad_total).sum()
             gradient[index] = torch.autograd.grad(value, leaf)[0]
-        return gradient, None, None, None, None, None
+        return gradient, *(None,) * (5 + len(extras))
 
 
 def _log_p(logits: Tensor, temperature: float) -> Tensor:

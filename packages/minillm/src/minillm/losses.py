@@ -1,0 +1,243 @@
+"""Distillation losses: row functions over two next-token distributions, and their sums.
+
+p is the teacher, q the student. Letters: B sequences, T positions, H hidden width, V vocabulary, R
+rows (positions that count) of one chunk. All losses are sums over the masked positions, float32;
+`harness.engine.train_step` divides by the tokens of the global batch.
+
+A row function maps log-probabilities log_p, log_q [R, V] (and extras [R], a label say) to [R], or
+to [R, K] where K sums are wanted at once. Three ways lead from it to a sum:
+
+* logits of both models: the functions of `LOSSES`, and `harness.divergence.sum_over_rows`;
+* hidden states and the heads' weights (`kd_from_hidden`): logits exist for one chunk of rows at a
+  time, in the forward and again in the backward pass, never as B x T x V;
+* the models themselves (`over_models`), which takes the second way where a model allows it.
+
+Sources: MiniLLM arXiv 2306.08543, GKD arXiv 2306.13649 (generalised JSD), DistiLLM arXiv 2402.03898
+(skew KL), f-distillation arXiv 2307.15190 (TVD).
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from harness.divergence import (
+    CHUNK_ELEMENTS,
+    LOG_ZERO,
+    RowFunction,
+    jsd_rows,
+    kl_rows,
+    reverse_kl_rows,
+    sum_over_rows,
+    tv_rows,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness import distributed
+
+# What the models put out of a batch: hidden states [.., H], the head's weight [V, H] and bias [V].
+Head = tuple[Tensor, Tensor, Tensor | None]
+
+
+def skew_kl_rows(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(p || alpha p + (1 - alpha) q) per row, 0 < alpha < 1 (DistiLLM eq. 3)."""
+    mixed = torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
+    return kl_rows(log_p, mixed)
+
+
+def skew_reverse_kl_rows(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(q || alpha q + (1 - alpha) p) per row, 0 < alpha < 1 (DistiLLM eq. 4)."""
+    return skew_kl_rows(log_q, log_p, alpha)
+
+
+def cross_entropy_rows(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
+    """-log q(label) per row; labels int64 [R]."""
+    return -log_q.gather(-1, labels[:, None])[:, 0]
+
+
+def mix_rows(
+    log_p: Tensor, log_q: Tensor, labels: Tensor, rows: RowFunction = kl_rows, kd_ratio: float = 0.5
+) -> Tensor:
+    """[R, 3]: (1 - kd_ratio) CE + kd_ratio rows, and its two parts.
+
+    With the forward KL the gradient is that of the original's soft cross entropy; the value is less
+    by the teacher's entropy, so that 0 means equal distributions.
+    """
+    ce, divergence = cross_entropy_rows(log_p, log_q, labels), rows(log_p, log_q)
+    return torch.stack([(1 - kd_ratio) * ce + kd_ratio * divergence, ce, divergence], -1)
+
+
+ROWS: dict[str, RowFunction] = {
+    "forward_kl": kl_rows,
+    "reverse_kl": reverse_kl_rows,
+    "jsd": jsd_rows,
+    "skew_forward_kl": skew_kl_rows,
+    "skew_reverse_kl": skew_reverse_kl_rows,
+    "tvd": tv_rows,
+}
+# name -> function(teacher_logits [.., V], student_logits [.., V], mask [..]) -> sum over the mask
+LOSSES = {name: partial(sum_over_rows, rows) for name, rows in ROWS.items()}
+
+
+def kd_from_hidden(
+    rows: RowFunction,
+    teacher: Head,
+    student: Head,
+    mask: Tensor,
+    extras: Sequence[Tensor] = (),
+    vocabulary: int | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """The sum of a row function over mask, without the logits of both models in memory.
+
+    Args:
+        rows: as above.
+        teacher, student: hidden [.., H] (H may differ), weight [V, H], bias [V] or None; the
+            student's three get gradients, each where it asks for one.
+        mask: [..], bool or weights; rows of weight 0 are not computed.
+        extras: each [..], handed to ``rows``.
+        vocabulary: the columns that both models share, the first so many; both distributions are
+            over these alone. Default: all, and then both heads must be as wide.
+        chunk: rows at a time; by default 32 MB of float32 logits.
+
+    Returns:
+        float32 scalar, or [K].
+    """
+    wide = {teacher[1].shape[0], student[1].shape[0]}
+    if vocabulary is None and len(wide) > 1:
+        raise ValueError(f"the heads have {sorted(wide)} rows; say how many are shared")
+    vocabulary = vocabulary or wide.pop()
+    chunk = chunk or max(1, CHUNK_ELEMENTS // vocabulary)
+    weights = mask.reshape(-1).float()
+    extras = [extra.reshape(-1) for extra in extras]
+    flat = (student[0].flatten(0, -2), *_cut(student, vocabulary))
+    theirs = (teacher[0].detach().flatten(0, -2), *_cut(teacher, vocabulary))
+    return _FromHidden.apply(*flat, theirs, weights, rows, chunk, extras)
+
+
+def _cut(head: Head, vocabulary: int) -> tuple[Tensor, Tensor | None]:
+    _, weight, bias = head
+    return weight[:vocabulary], None if bias is None else bias[:vocabulary]
+
+
+def _log_p(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).clamp_min(LOG_ZERO)
+
+
+class _FromHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher, weights, rows, chunk, extras):
+        # The teacher has no gradient: its tensors are kept as they are, not saved a second time.
+        ctx.save_for_backward(hidden, weight, bias, weights)
+        ctx.settings = (teacher, rows, chunk, extras)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for index in weights.nonzero()[:, 0].split(chunk):
+            log_p = _log_p(F.linear(teacher[0][index], *teacher[1:]))
+            log_q = _log_p(F.linear(hidden[index], weight, bias))
+            total = total + weights[index] @ rows(log_p, log_q, *(e[index] for e in extras))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        hidden, weight, bias, weights = ctx.saved_tensors
+        teacher, rows, chunk, extras = ctx.settings
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
+        # Summed over many chunks: in float32, whatever the weight's dtype.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
+        for index in weights.nonzero()[:, 0].split(chunk):
+            part = hidden[index]
+            leaf = F.linear(part, weight, bias).requires_grad_()
+            log_p = _log_p(F.linear(teacher[0][index], *teacher[1:]))
+            with torch.enable_grad():
+                values = rows(log_p, _log_p(leaf), *(e[index] for e in extras))
+                value = (weights[index] @ values * grad_total).sum()
+            slope = torch.autograd.grad(value, leaf)[0]
+            del leaf, log_p, values, value
+            if want_hidden:
+                grad_hidden[index] = slope @ weight
+            if want_weight and weight.dtype == torch.float32:
+                grad_weight.addmm_(slope.T, part)
+            elif want_weight:
+                grad_weight += slope.T @ part
+            if want_bias:
+                grad_bias += slope.sum(0, dtype=torch.float32)
+        grad_weight = grad_weight.to(weight.dtype) if want_weight else None
+        grad_bias = grad_bias.to(bias.dtype) if want_bias else None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def over_models(
+    rows: RowFunction,
+    teacher,
+    student,
+    inputs: dict[str, Tensor],
+    mask: Tensor,
+    extras: Sequence[Tensor] = (),
+    vocabulary: int | None = None,
+    fused: bool = True,
+) -> Tensor:
+    """The sum of a row function over the positions of a batch, from the models themselves.
+
+    Args:
+        teacher: a causal LM. student: a causal LM, or DeepSpeed's engine around one.
+        inputs: input_ids [B, T], attention_mask ... of both.
+        mask, extras: [B, S], S <= T: of the first S positions, each predicting the token after it.
+        vocabulary: as in `kd_from_hidden`.
+        fused: through hidden states (`fusable` says whether both models can), else through logits.
+    """
+    long = mask.shape[1]
+    inputs = {**inputs, "use_cache": False}
+    if fused:
+        with torch.no_grad():
+            theirs = _head_and_hidden(teacher, inputs, long)
+        ours = _head_and_hidden(student, inputs, long)
+        return kd_from_hidden(rows, theirs, ours, mask, extras, vocabulary)
+    with torch.no_grad():
+        p = teacher(**inputs).logits[:, :long, :vocabulary]
+    q = student(**inputs).logits[:, :long, :vocabulary]
+    return sum_over_rows(rows, p, q, mask, extras=extras)
+
+
+def _head_and_hidden(model, inputs: dict[str, Tensor], long: int) -> Head:
+    with headless(model) as head:
+        hidden = model(**inputs).logits[:, :long]
+    return hidden.to(head.weight.dtype), head.weight, head.bias
+
+
+@contextmanager
+def headless(model):
+    """Inside, ``model(...)`` (or its engine's) has hidden states for logits; yields the head."""
+    head = getattr(model, "module", model).get_output_embeddings()
+    head.forward = lambda hidden: hidden
+    try:
+        yield head
+    finally:
+        del head.forward
+
+
+@torch.no_grad()
+def fusable(model, zero: int = 0) -> bool:
+    """Whether the logits of ``model``, a causal LM, are its head's weight and bias applied to the
+    last hidden states and nothing else; if not, says so on stderr. Some families scale or cap
+    them, an adapter may sit on the head, and ZeRO 3 keeps only a part of the weight here."""
+    head = model.get_output_embeddings()
+    reason = None
+    if zero == 3:
+        reason = "ZeRO 3 has no rank hold the head's weight"
+    elif type(head) is not torch.nn.Linear:
+        reason = f"the head is a {type(head).__name__}"
+    else:
+        ids = torch.arange(4, device=head.weight.device)[None]
+        with headless(model):
+            hidden = model(input_ids=ids, use_cache=False).logits
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        found = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+        if not torch.equal(found, expected):
+            reason = "this family changes the logits after its head"
+    if reason:
+        distributed.say(f"the loss goes through whole logits, with more memory: {reason}")
+    return reason is None
