@@ -1,0 +1,180 @@
+"""The command: what it makes loads where it says, and is smaller, faster and better than chance."""
+
+import json
+
+import families
+import pytest
+import torch
+import yaml
+from harness.footprint import stored_size
+from harness.macs import macs_per_token, skeleton
+from harness.perplexity import perplexity
+from sparse.llm_pruner import main
+from sparse.structured import prune
+from transformers import AutoModelForCausalLM
+
+from harness import checkpoint, data, sizes
+
+EVERYWHERE = [
+    "--block_attention_layer_start", "0", "--block_attention_layer_end", "5",
+    "--block_mlp_layer_start", "0", "--block_mlp_layer_end", "5",
+]  # fmt: skip
+QUICK = ["--num_examples", "4", "--max_seq_len", "32"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    families.save("llama", tmp_path / "model", tokenizer=True)
+    (tmp_path / "text.txt").write_text(families.TEXT * 100)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids, use_cache=False).logits
+
+
+def same_in_plain_transformers(folder) -> str:
+    """Model type of ``folder``, of which transformers gives the harness's logits."""
+    ids = families.windows(2)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.equal(logits(plain, ids), logits(checkpoint.load_model(folder), ids))
+    return plain.config.model_type
+
+
+def test_uniform_results_are_ordinary(place, capsys):
+    words = ["model", "text.txt", *QUICK, "--pruning_ratio", ".5", *EVERYWHERE]
+    assert main([*words, "--multiple", "4", "--out", "half"]) == 0
+    assert same_in_plain_transformers("half") == "llama"
+    assert "an ordinary llama checkpoint" in capsys.readouterr().out
+    config = checkpoint.load_config(place / "half")
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 8)
+    assert config.intermediate_size == 24
+
+
+def test_heads_that_do_not_divide_become_mistral(tmp_path, capsys):
+    families.save("llama", tmp_path / "model", num_key_value_heads=4)
+    words = [str(tmp_path / "model"), "--pruner_type", "l1", "--pruning_ratio", ".25", *EVERYWHERE]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert same_in_plain_transformers(tmp_path / "out") == "mistral"
+    assert "as an ordinary mistral checkpoint: the same computation as llama" in (
+        capsys.readouterr().out
+    )
+
+
+def test_layers_and_hidden_channels_are_ordinary(place):
+    assert main(["model", "--layer_wise", "--layer", "2", "--out", "short"]) == 0
+    same_in_plain_transformers("short")
+    dense = AutoModelForCausalLM.from_pretrained("model").eval()
+    dense.model.layers = dense.model.layers[:2]
+    ids = families.windows(2)
+    assert torch.equal(logits(checkpoint.load_model("short"), ids), logits(dense, ids))
+    words = ["--channel_wise", "--pruning_ratio", ".25", "--out", "narrow"]
+    assert main(["model", "text.txt", *QUICK, *words]) == 0
+    same_in_plain_transformers("narrow")
+    config = checkpoint.load_config(place / "narrow")
+    assert (config.hidden_size, config.intermediate_size) == (24, 48)
+    assert config.rms_norm_eps == pytest.approx(1e-6 * 32 / 24)
+
+
+def test_qwens_layer_types_are_cut_with_its_layers(tmp_path):
+    families.save("qwen2", tmp_path / "model")
+    words = [str(tmp_path / "model"), "--layer_wise", "--layer", "3"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert same_in_plain_transformers(tmp_path / "out") == "qwen2"
+
+
+def test_sizes_per_block_are_recorded_and_told(place, capsys):
+    words = ["model", "text.txt", *QUICK, "--pruning_ratio", ".5", "--out", "out"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert "--block_mlp_layer_start 1 --block_mlp_layer_end 4" in captured.err
+    assert "| 0 | 4 | 2 | 48 |\n| 1 | 4 -> 2 | 2 -> 1 | 48 -> 24 |" in captured.out
+    assert "loads in the harness" in captured.out
+    config = checkpoint.load_config(place / "out")
+    assert getattr(config, sizes.KEY)[1]["heads"] == 2
+    log = json.loads((place / "out" / "compression_log.json").read_text())
+    size = stored_size(place / "out", config)
+    assert log["parameters"][1] == size.parameters < log["parameters"][0]
+    assert log["macs"][1] == macs_per_token(skeleton(config), 32)["total"] < log["macs"][0]
+    (step,) = yaml.safe_load((place / "out" / "recipe.yaml").read_text())["steps"]
+    assert step["method"] == "llm_pruner"
+    assert (
+        step["settings"] | {"pruning_ratio": 0.5, "level": "block", "taylor": "param_first"}
+        == (step["settings"])
+    )
+    assert "the harness only" in (place / "out" / "README.md").read_text()
+
+
+def test_for_32_blocks_the_ranges_are_the_originals(tmp_path, capsys):
+    sized = {"num_hidden_layers": 32, "hidden_size": 16, "intermediate_size": 16}
+    families.save("llama", tmp_path / "model", **sized)
+    words = [str(tmp_path / "model"), "--pruner_type", "l2", "--dry-run"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert "--block_attention_layer_start 3 --block_attention_layer_end 31" in captured.err
+    assert "in all: at most about" in captured.out
+    changed = [i for i in range(32) if f"| {i} | 4 -> 2" in captured.out]
+    assert changed == list(range(3, 31))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_was_pruned_can_be_pruned_again(tmp_path):
+    families.save("bloom", tmp_path / "a", num_attention_heads=8, n_head=8)
+    common = {"pruner_type": "random", "block_mlp_layers": (1, 4), "multiple": 1}
+    prune(tmp_path / "a", out=tmp_path / "b", pruning_ratio=0.5, **common)
+    again = prune(tmp_path / "b", out=tmp_path / "c", pruning_ratio=0.5, seed=1, **common)
+    assert again["rows"][2]["heads"] == [4, 2] and again["rows"][0]["heads"] == [8, 8]
+    first, second = (
+        checkpoint.read_json(tmp_path / name / "config.json")[sizes.KEY][2]["kept_heads"]
+        for name in "bc"
+    )
+    assert len(second) == 2 and set(second) < set(first)
+    steps = yaml.safe_load((tmp_path / "c" / "recipe.yaml").read_text())["steps"]
+    assert [step["base"] for step in steps] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    # Only heads of the dense model's that stayed: the rest at zero gives the same.
+    dense = checkpoint.load_model(tmp_path / "b")
+    ids = families.windows(2)
+    small = logits(checkpoint.load_model(tmp_path / "c"), ids)
+    assert not torch.allclose(small, logits(dense, ids))
+
+
+def test_steps_and_one_threshold(place):
+    options = {"num_examples": 4, "max_seq_len": 32, "block_mlp_layers": (0, 5), "multiple": 4}
+    rows = prune(
+        "model", "text.txt", out="a", pruning_ratio=0.5, global_pruning=True, iterative_steps=2,
+        **options,
+    )["rows"]  # fmt: skip
+    assert all(row["heads"][1] in (2, 4) and row["channels"][1] % 4 == 0 for row in rows)
+    assert len({row["channels"][1] for row in rows}) > 1
+    assert all(row["channels"][1] >= 4 for row in rows)
+    kept = sum(row["channels"][1] for row in rows)
+    assert 100 <= kept <= 140
+
+
+def test_float16_gives_finite_scores(place):
+    families.build("llama", dtype=torch.float16).save_pretrained("half")
+    (place / "half" / "tokenizer.json").write_bytes((place / "model/tokenizer.json").read_bytes())
+    result = prune("half", "text.txt", out="out", num_examples=2, max_seq_len=16)
+    assert result["rows"][2]["channels"] == [48, 24]
+    assert checkpoint.load_model("out").dtype == torch.float16
+
+
+def test_perplexity_before_and_after(place, capsys):
+    words = ["model", "text.txt", *QUICK, "--test_before_train", "--test_after_train"]
+    assert main([*words, "--out", "out"]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity before pruning" in out and "perplexity after pruning" in out
+
+
+@pytest.mark.slow
+def test_taylor_beats_random_and_l2_on_tiny_llama(tmp_path):
+    tokenizer = checkpoint.load_tokenizer("tiny-llama")
+    windows = data.evaluation(tokenizer, "stdlib", seqlen=512)[:40]
+    found = {}
+    for kind in ("taylor", "random", "l2"):
+        out = tmp_path / kind
+        prune("tiny-llama", "stdlib", out=out, pruning_ratio=0.2, pruner_type=kind)
+        found[kind] = perplexity(checkpoint.load_model(out), windows).value
+    assert found["taylor"] < 0.97 * min(found["random"], found["l2"])
