@@ -57,6 +57,15 @@ def test_tables():
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["b", "2.50", "9.000", "-"]
 
 
+def test_sizes_become_columns_where_models_differ_in_them():
+    some = [results(name, 10, 7) for name in "ab"]
+    for one, macs in zip(some, (5.5, 4.4), strict=True):
+        rows = one["metrics"]["all"]["rows"]
+        rows += [report.row("MMAC/token", macs, 2), report.row("parameters, M", 6.0, 2)]
+    head, _, _, last = report.comparison(some).splitlines()
+    assert "MMAC/token" in head and "4.40" in last and "parameters" not in head
+
+
 def test_unlike_protocols_are_told():
     one, other = results("a", 10, 7), results("b", 9, 8)
     assert report.differing_protocols([one, other]) == []

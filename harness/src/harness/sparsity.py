@@ -10,7 +10,7 @@ from harness import bitmask
 
 WORTH_SAYING = 0.01  # below this share zeros are chance
 NO_KERNELS = (
-    "not for its zeros: no engine here has kernels for scattered or n:m zeros, which take the time "
+    "no: no engine here has kernels for scattered or n:m zeros, which take the time "
     "and memory of any other number (smaller matrices, by python -m sparse.llm_pruner, save both)"
 )
 SMALLER = "yes: its matrices are smaller than the original's, for every engine"
