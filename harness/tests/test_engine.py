@@ -43,6 +43,7 @@ def test_ranks_and_accumulation_change_nothing_and_states_resume_exactly(zero, t
     two = run(tmp_path, "two", zero, 2, launcher=TWO_RANKS)
     for row, other in zip(one["rows"], two["rows"], strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-6)
+        assert other["logits"] == pytest.approx(row["logits"], rel=1e-4)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-6)
 
 

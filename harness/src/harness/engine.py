@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import socket
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,11 +257,22 @@ def weights(engine) -> dict[str, torch.Tensor] | None:
 
 @contextmanager
 def whole_weights(engine):
-    """Inside, every rank's ``engine.module`` holds its full weights: for generation at stage 3."""
+    """Inside, every rank's ``engine.module`` holds its full weights, and ranks may call it as often
+    as each likes: for generation. No gradients there."""
     if engine.zero_optimization_stage() < 3:
-        yield engine.module
+        with torch.no_grad():
+            yield engine.module
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        yield engine.module
+    # ZeRO-3's hooks would give weights back after each layer, and fetch them with the other ranks.
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(m, name, getattr(m, name)) for m in engine.module.modules() for name in hooks]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        try:
+            for module, name, _ in kept:
+                setattr(module, name, OrderedDict())
+            yield engine.module
+        finally:
+            for module, name, value in kept:
+                setattr(module, name, value)

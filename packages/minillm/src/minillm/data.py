@@ -1,0 +1,312 @@
+"""Instruction sets and texts as training examples: read, tokenized once, dealt to ranks, batched.
+
+An example is (ids, first): token ids, and the first position that is predicted; those before it
+(the prompt) are read only. Tokens are kept in Arrow files under the cache folder of `datasets`,
+named by a hash of what went in, and mapped into memory: no rank holds the set.
+
+Legend: B examples in a micro-batch, T tokens of the longest of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from harness.errors import UserError
+
+from harness import data, distributed, engine, files, instruct
+
+IGNORED = -100
+EXPECTED = "expected prompt and response, or instruction (input) and output"
+# Where a file of generated responses has them; `output`, the human's, is never taken from there.
+GENERATED = ("response", "generated", "gen_answer")
+AT_A_TIME = 1000
+
+
+@dataclass
+class Counts:
+    """What became of the rows of a set."""
+
+    examples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    empty: int = 0
+    long_prompts: int = 0
+    cut: int = 0
+
+
+def pairs(dataset: str, split: str, generated: bool = False) -> list[dict[str, str]]:
+    """`[{"prompt", "response"}, ...]` of split "train" or "validation".
+
+    dolly, alpaca, stdlib-doc, or a local table or folder: columns prompt and response, or the
+    original's instruction, input and output (a list of outputs gives the first; its prompt column,
+    where there is one, is taken as it stands).
+
+    Args:
+        generated: only what a model wrote counts as a response (sequence-level distillation).
+
+    Raises:
+        UserError: no such set, or a row that lacks a column, by its line.
+    """
+    if dataset in data.DATASETS or not Path(dataset).exists():
+        if generated:
+            raise UserError(
+                f"--type seqkd trains on what a teacher generated, and {dataset} was written by "
+                f"people; python -m minillm.generate TEACHER --data {dataset} makes such a file."
+            )
+        return data.instructions(dataset, split)
+    chosen, own = files.select(Path(dataset), split)
+    found = [
+        _pair(row, path, number, generated)
+        for path in chosen
+        for number, row in enumerate(files.rows(path), 1)
+    ]
+    return found if own else instruct.deal(found, split)
+
+
+def _pair(row: dict, path: Path, number: int, generated: bool) -> dict[str, str]:
+    keys = ", ".join(map(str, row)) or "nothing"
+    if generated:
+        written = next((row[key] for key in GENERATED if isinstance(row.get(key), str)), None)
+        if written is None or not isinstance(row.get("prompt"), str):
+            raise UserError(
+                f"{path}, line {_line(path, number)}: {keys}; expected prompt and response, as "
+                "python -m minillm.generate writes them."
+            )
+        return {"prompt": row["prompt"], "response": written}
+    several = row.get("output")
+    if isinstance(several, list) and several:
+        row = row | {"output": several[0]}
+    pair = instruct.example(row)
+    if pair is None:
+        raise UserError(f"{path}, line {_line(path, number)}: {keys}; {EXPECTED}.")
+    return pair
+
+
+def _line(path: Path, number: int) -> int:
+    """The line of row ``number``: blank lines of a jsonl file are no rows."""
+    if files.kind(path) == ".jsonl" and path.suffix == ".jsonl":
+        with path.open(encoding="utf-8-sig") as file:
+            full = (line for line, text in enumerate(file, 1) if text.strip())
+            return next(line for row, line in enumerate(full, 1) if row == number)
+    return number
+
+
+def encode(tokenizer, prompts: list[str], responses: list[str]) -> Iterator[tuple[list, list]]:
+    """(prompt ids, response ids with the end token) of each pair.
+
+    Prompt and response are encoded together where the result begins with the prompt's own tokens,
+    and apart where a token would span the border: the prompt is then what generation starts from.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError("the tokenizer has no end-of-sequence token; responses would never end.")
+    joined = [p + r for p, r in zip(prompts, responses, strict=True)]
+    rows = zip(prompt_ids(tokenizer, prompts), _ids(tokenizer, joined), responses, strict=True)
+    for prompt, both, response in rows:
+        answer = both[len(prompt) :]
+        if both[: len(prompt)] != prompt:
+            answer = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+        yield prompt, answer if answer[-1:] == [end] else [*answer, end]
+
+
+def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, verbose=False)["input_ids"]
+
+
+def prompt_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Token ids of prompts as generation starts from them: no end token after them."""
+    found = _ids(tokenizer, prompts)
+    # Some tokenizers end every text.
+    return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in found]
+
+
+class Examples(Sequence):
+    """Memory-mapped examples; [i] is (ids int64 [T], first)."""
+
+    def __init__(self, path: Path, counts: Counts):
+        from datasets import Dataset
+
+        self.rows = Dataset.from_file(str(path)).with_format("numpy")
+        self.counts = counts
+        self.key = path.stem
+        self.lengths = self.rows["length"][:].tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        row = self.rows[index]
+        return torch.tensor(row["ids"], dtype=torch.long), int(row["first"])
+
+
+def examples(
+    tokenizer, found: list[dict], *, max_length: int, max_prompt_length: int, name: str
+) -> Examples:
+    """The examples of :func:`pairs`; what is left out or cut is counted, and said on stderr.
+
+    Left out are empty responses, and prompts of more than ``max_prompt_length`` tokens (as in the
+    original); what is longer than ``max_length`` with its response is cut there.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    if max_prompt_length >= max_length:
+        raise UserError(
+            f"--max-prompt-length {max_prompt_length}: expected less than --max-length "
+            f"{max_length}, which holds prompt and response."
+        )
+
+    def rows(counts: Counts):
+        for start in range(0, len(found), AT_A_TIME):
+            some = found[start : start + AT_A_TIME]
+            full = [pair for pair in some if pair["response"].strip()]
+            counts.empty += len(some) - len(full)
+            prompts, responses = ([pair[key] for pair in full] for key in ("prompt", "response"))
+            for prompt, answer in encode(tokenizer, prompts, responses) if full else ():
+                if len(prompt) > max_prompt_length:
+                    counts.long_prompts += 1
+                    continue
+                counts.cut += len(prompt) + len(answer) > max_length
+                yield (prompt + answer)[:max_length], max(1, len(prompt))
+
+    what = [json.dumps(pair, sort_keys=True) for pair in found]
+    made = _cached(rows, [_tokenizer_text(tokenizer), max_length, max_prompt_length, *what])
+    counts = made.counts
+    if not len(made):
+        raise UserError(
+            f"{name}: of {len(found)} rows none is left: {counts.empty} have an empty response, "
+            f"{counts.long_prompts} a prompt of more than {max_prompt_length} tokens "
+            "(--max-prompt-length)."
+        )
+    left_out = [
+        f"{count} {what}"
+        for count, what in (
+            (counts.empty, "left out, their response is empty"),
+            (counts.long_prompts, f"left out, their prompt has more than {max_prompt_length}"),
+            (counts.cut, f"cut at {max_length}"),
+        )
+        if count
+    ]
+    said = f"; {'; '.join(left_out)}" if left_out else ""
+    distributed.say(f"{name}: {counts.examples} examples, {counts.tokens} tokens{said}")
+    return made
+
+
+def windows(tokenizer, dataset: str, *, length: int, limit: int | None = None) -> Examples:
+    """A plain text, the train split, as windows of ``length`` tokens with every token predicted but
+    the first: for the language-modelling part of MiniLLM's loss.
+
+    Raises:
+        UserError: no such text, or less than a window of it.
+    """
+    if dataset in ("c4", "pileval"):
+        text = data.PARAGRAPHS.join(data.corpus_documents(dataset, "train")[: limit or None])
+    elif dataset == "stdlib":
+        from harness import stdlib
+
+        text = stdlib.text("train")
+    else:
+        text = data.corpus_text(dataset, "train")
+
+    def rows(counts: Counts):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        for start in range(0, len(ids) - length + 1, length)[:limit]:
+            yield ids[start : start + length], 1
+
+    made = _cached(rows, [_tokenizer_text(tokenizer), length, limit, text])
+    if not len(made):
+        raise UserError(f"{dataset}: less than one window of {length} tokens; use more text.")
+    distributed.say(f"{dataset}: {len(made)} windows of {length} tokens")
+    return made
+
+
+def _tokenizer_text(tokenizer) -> str:
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    return inner.to_str() if inner else repr(sorted(tokenizer.get_vocab().items()))
+
+
+def _cached(rows, key: Iterable) -> Examples:
+    """Write what ``rows(counts)`` yields to the cache, unless it is there."""
+    from datasets import Features, List, Value, config
+    from datasets.arrow_writer import ArrowWriter
+
+    digest = hashlib.sha256()
+    for part in key:
+        digest.update(str(part).encode() + b"\0")
+    folder = Path(config.HF_DATASETS_CACHE) / "minillm"
+    path = folder / f"{digest.hexdigest()[:24]}.arrow"
+    note = path.with_suffix(".json")
+
+    def write():
+        if path.is_file() and note.is_file():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = Counts()
+        beside = path.with_suffix(".tmp")
+        columns = {"ids": List(Value("int32")), "first": Value("int32"), "length": Value("int32")}
+        with ArrowWriter(path=str(beside), features=Features(columns)) as writer:
+            for ids, first in rows(counts):
+                writer.write({"ids": ids, "first": first, "length": len(ids)})
+                counts.examples += 1
+                counts.tokens += len(ids)
+                counts.targets += len(ids) - first
+            writer.finalize()
+        note.write_text(json.dumps(asdict(counts)))
+        beside.replace(path)
+
+    distributed.lead(write)
+    return Examples(path, Counts(**json.loads(note.read_text())))
+
+
+def collate(rows: list[tuple[torch.Tensor, int]], pad: int) -> dict:
+    """A micro-batch, padded on the right to its longest example.
+
+    Returns:
+        input_ids, attention_mask and labels, int64 [B, T]; "tokens", how many labels there are, and
+        "read", how many tokens. The label of a position is the token after it, or IGNORED.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, (some, first) in enumerate(rows):
+        ids[row, : len(some)] = some
+        mask[row, : len(some)] = 1
+        labels[row, first - 1 : len(some) - 1] = some[first:]
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "tokens": int((labels != IGNORED).sum()),
+        "read": int(mask.sum()),
+    }
+
+
+@lru_cache(maxsize=4)
+def order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of ``count`` examples in an epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def batch_size(training: engine.Training) -> int:
+    """Examples per optimizer step, over all ranks."""
+    return training.micro_batch * training.accumulate * distributed.world_size()
+
+
+def deal(lengths: list[int], step: int, training: engine.Training) -> list[list[int]]:
+    """Indices of this rank's micro-batches of a step.
+
+    Epochs follow each other without a gap: each shows every example once. Within a step examples of
+    like length come together, for less padding; which rank gets them changes no loss.
+    """
+    count, batch = len(lengths), batch_size(training)
+    places = (divmod(place, count) for place in range(step * batch, (step + 1) * batch))
+    chosen = [order(count, training.seed, epoch)[index] for epoch, index in places]
+    chosen.sort(key=lambda index: (-lengths[index], index))
+    size = training.micro_batch
+    micro = [chosen[start : start + size] for start in range(0, batch, size)]
+    return micro[distributed.rank() :: distributed.world_size()]
