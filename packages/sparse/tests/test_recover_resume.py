@@ -68,7 +68,7 @@ def test_another_run_there_is_refused_by_name(inputs, tmp_path, monkeypatch, cap
     capsys.readouterr()
     assert main([*words, "--learning_rate", "0.5"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "was begun by another run (settings, learning_rate: 0.0128 there, 0.5 now)" in line
+    assert "was begun by another run (settings, learning_rate: 0.0384 there, 0.5 now)" in line
     assert main([*words, "--learning_rate", "0.5", "--no-resume"]) == 0
 
 

@@ -110,7 +110,8 @@ def recover(
     steps = max(1, math.ceil(num_epochs * len(data) / batch))
     steps = min(steps, max_steps or steps)
     width = config.get_text_config().hidden_size
-    rate = learning_rate or checks.RATES[tune] * checks.RATES_WIDTH / width
+    usual = None if learning_rate else kind["rate"][tune]
+    rate = learning_rate or usual * checks.RATES_WIDTH / width
     plan = Plan(
         steps, batch, micro_batch_size, rate, min(warmup_steps, max(1, steps // 10)), max_minutes,
         eval_steps, save_steps, patience, seed,
@@ -130,7 +131,7 @@ def recover(
         }  # fmt: skip
     if teacher:
         settings |= {"kd_loss": kd_loss, "kd_weight": kd_weight}
-    distributed.say(checks.describe(plan, data, held, learning_rate, tune, width))
+    distributed.say(checks.describe(plan, data, held, usual, width))
 
     # LoRA keeps the frozen weights as they are stored; what is trained is float32.
     whole = tune == "full" or compute == torch.float32

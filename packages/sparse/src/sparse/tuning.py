@@ -4,6 +4,8 @@ it at the end: an ordinary model of the same sizes.
 LoRA: Hu et al. 2021, arXiv 2106.09685; LLM-Pruner (arXiv 2305.11627, section 3.3) tunes so.
 """
 
+import logging
+
 import torch
 from harness.decoder import find_blocks
 from harness.errors import UserError, nearest
@@ -57,6 +59,8 @@ def add_lora(
 ) -> dict[str, nn.Parameter]:
     """Put LoRA beside the linears ``targets`` and freeze the rest; returns what is trained, in
     float32. A is drawn with ``seed``, B is zero: the model's function does not change yet."""
+    # peft imports bitsandbytes where it is installed, which warns of a kernel nobody here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, inject_adapter_in_model
 
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
