@@ -69,9 +69,10 @@ def train(
         identity: :func:`harness.writer.fingerprint` of the run; a state of another one is refused.
         step_entry: what was done, for recipe.yaml and the card: method, base, command, settings.
         source: the folder of the checkpoint that the model came from.
-        evaluate: (engine, step) -> {"value": ..., and more to log}, equal on all ranks, the model
-            being in eval mode. Called at the start, every ``eval_steps`` and at the end; the best
-            value's weights are written. Without it the last weights are.
+        evaluate: (engine, step) -> {"value": ..., and what is to be logged, if it is not that},
+            equal on all ranks, the model being in eval mode. Called at the start, every
+            ``eval_steps`` and at the end; the best value's weights are written. Without it the last
+            weights are.
         better: "lower" or "higher" values.
         save_steps: steps between saved states (default: ``eval_steps``).
         boundary: whether a state may be saved after so many steps; it waits until one may.
@@ -170,7 +171,8 @@ def _look(run, running, trained, progress: Progress, values: dict, better: str) 
         )
     means = {k: v / progress.steps_since_look for k, v in progress.since_look.items()}
     progress.since_look, progress.steps_since_look = {}, 0
-    row = {f"training_{name}": mean for name, mean in means.items()} | values
+    named = {name: v for name, v in values.items() if name != "value"} or values
+    row = {f"training_{name}": mean for name, mean in means.items()} | named
     progress.rows.append({"step": progress.step, "tokens": progress.tokens, **row})
     shown = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in row.items())
     distributed.say(f"step {progress.step}: {shown}")

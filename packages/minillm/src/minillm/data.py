@@ -32,10 +32,10 @@ class Counts:
 
     examples: int = 0
     tokens: int = 0
-    targets: int = 0
     empty: int = 0
     long_prompts: int = 0
     cut: int = 0
+    largest: int = 0
 
 
 def pairs(dataset: str, split: str, generated: bool = False) -> list[dict[str, str]]:
@@ -125,7 +125,8 @@ def prompt_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
 
 
 class Examples(Sequence):
-    """Memory-mapped examples; [i] is (ids int64 [T], first)."""
+    """Memory-mapped examples; [i] is (ids int64 [T], first). Of all of them, `lengths` and
+    `firsts` are lists."""
 
     def __init__(self, path: Path, counts: Counts):
         from datasets import Dataset
@@ -134,6 +135,7 @@ class Examples(Sequence):
         self.counts = counts
         self.key = path.stem
         self.lengths = self.rows["length"][:].tolist()
+        self.firsts = self.rows["first"][:].tolist()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -253,7 +255,7 @@ def _cached(rows, key: Iterable) -> Examples:
                 writer.write({"ids": ids, "first": first, "length": len(ids)})
                 counts.examples += 1
                 counts.tokens += len(ids)
-                counts.targets += len(ids) - first
+                counts.largest = max(counts.largest, *ids)
             writer.finalize()
         note.write_text(json.dumps(asdict(counts)))
         beside.replace(path)

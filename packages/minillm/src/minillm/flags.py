@@ -146,7 +146,8 @@ def training(args: argparse.Namespace, parameters: int, examples: int, ranks: in
     rate, epochs = LORA if args.peft else next(p[1:] for p in PUBLISHED if parameters <= p[0])
     kind = "for LoRA" if args.peft else f"nearest to {parameters / 1e6:.1f} M parameters"
     why = f" (published {kind})" if None in (args.lr, args.total_iters or args.epochs) else ""
-    rate, epochs = args.lr or rate, args.epochs or epochs
+    rate = rate if args.lr is None else args.lr
+    epochs = args.epochs or epochs
     batch = args.batch_size * args.gradient_accumulation_steps * ranks
     for name in ("epochs", "total_iters", "eval_interval", "save_interval", "train_num", "dev_num"):
         value = getattr(args, name)

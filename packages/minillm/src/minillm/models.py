@@ -109,3 +109,13 @@ def shared_columns(teacher: str, student: str) -> int:
     if len(set(sizes)) > 1:
         distributed.say(f"logits compared: the first {columns} of {sizes[0]} and {sizes[1]}")
     return columns
+
+
+def check_tokens(sets, config) -> None:
+    """Refuse examples with tokens that the model has no embedding of."""
+    largest, known = max(s.counts.largest for s in sets), config.get_text_config().vocab_size
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
+            "not belong together."
+        )

@@ -1,0 +1,222 @@
+"""SFT and distillation on given responses: check, load, choose the loss, train (harness.trainer).
+
+Legend: B examples in a micro-batch, T tokens of the longest of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.footprint import stored_size
+from harness.perplexity import context_length
+
+from harness import card, checkpoint, distributed, engine, trainer, writer
+from minillm import data, flags, losses, models, packing, validation
+
+# What does not change the result; the rest of the flags is what a resumed run must repeat.
+FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "save_interval")
+
+
+def finetune(args) -> dict | None:
+    """Run the command ``minillm.finetune`` with its parsed arguments, on every rank.
+
+    Returns:
+        As :func:`harness.trainer.train`; None with --dry-run.
+
+    Raises:
+        UserError: anything the user can mend, in one line.
+    """
+    _check(args)
+    device = engine.launch(checkpoint.pick_device(args.device))
+    out, source = Path(args.out), checkpoint.resolve(args.model)
+    config = checkpoint.load_config(source)
+    writer.check_out(out, args.overwrite or args.dry_run)
+    if out.exists() and out.samefile(source):
+        raise UserError(f"{out} is the model itself; choose another --out.")
+    contexts = [context_length(config)]
+    columns = None
+    if args.teacher:
+        contexts.append(context_length(checkpoint.load_config(checkpoint.resolve(args.teacher))))
+        if not args.align:
+            columns = models.shared_columns(args.teacher, args.model)
+    longest, longest_prompt = flags.lengths(args, *contexts)
+    tokenizer = checkpoint.load_tokenizer(source)
+    train, dev = examples(args, tokenizer, longest, longest_prompt)
+    models.check_tokens([train, dev], config)
+
+    rows = packing.pack(train.lengths, longest, args.seed) if args.packing else None
+    parameters = stored_size(source, config).parameters
+    count = len(rows or train)
+    training, how = flags.training(args, parameters, count, distributed.world_size())
+    distributed.say(f"{args.type} of {args.model}: {how}")
+    dtype = models.compute_dtype(args.dtype, source)
+    if args.dry_run:
+        _print_plan(args, parameters, training, dtype)
+        return None
+
+    lora = flags.lora(args)
+    student = models.load_student(args.model, device=device, dtype=dtype, peft_path=args.peft_path)
+    student.config.use_cache = False
+    if args.packing and not packing.isolates(student):
+        distributed.say("packing: this family reads packed examples as one text, each sees those "
+                        "before it")  # fmt: skip
+    identity = _identity(args, source, training, dtype, train, dev)
+    objective = _objective(args, student, device, columns, dtype)
+    finish = None
+    if lora:
+        student = models.add_lora(student, **lora)
+
+        def finish(tensors):
+            plain = models.load_student(
+                args.model, device="cpu", dtype="float32", peft_path=args.peft_path
+            )
+            return models.merged(plain, tensors, checkpoint.parse_dtype(dtype), **lora)
+
+    pad = pad_id(tokenizer)
+    lengths = [sum(train.lengths[i] for i in row) for row in rows] if rows else train.lengths
+
+    def batches(step: int) -> list[dict]:
+        dealt = data.deal(lengths, step, training)
+        if rows:
+            packed = [[[train[i] for i in rows[index]] for index in micro] for micro in dealt]
+            return [packing.collate(micro, pad) for micro in packed]
+        return [data.collate([train[index] for index in micro], pad) for micro in dealt]
+
+    def evaluate(running, step: int) -> dict:
+        size = args.eval_batch_size or args.batch_size
+        loss = validation.held_out_loss(running, dev, batch=size, pad=pad)
+        found = {"validation_loss": loss}
+        if args.eval_gen:
+            found["rouge_l"] = validation.rouge(
+                running, training, step, tokenizer, dev, batch=size,
+                new_tokens=longest - longest_prompt, sample=not args.greedy,
+            )  # fmt: skip
+        return validation.select(args.select, found)
+
+    every = args.eval_interval or max(1, count // data.batch_size(training))
+    step_entry = {
+        "method": args.type, "base": args.model, "command": card.command_line(),
+        "settings": _settings(args, training, dtype, longest, longest_prompt),
+        "training": {
+            "dataset": args.data, "nsamples": len(train), "seqlen": longest, "seed": args.seed,
+        },
+    }  # fmt: skip
+    return trainer.train(
+        student.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
+        evaluate=evaluate, better="higher" if args.select == "rouge" else "lower",
+        eval_steps=every, save_steps=args.save_interval, finish=finish, resume=args.resume,
+        overwrite=args.overwrite, step_entry=step_entry, source=source,
+    )  # fmt: skip
+
+
+def examples(args, tokenizer, longest: int, longest_prompt: int):
+    """Training and validation examples of the flags --data, --dev-data, --train-num, --dev-num."""
+    limits = {"max_length": longest, "max_prompt_length": longest_prompt}
+    generated = getattr(args, "type", None) == "seqkd"
+    train = data.pairs(args.data, "train", generated)[: args.train_num]
+    dev = data.pairs(args.dev_data or args.data, "validation", generated and not args.dev_data)
+    return (
+        data.examples(tokenizer, train, name=f"{args.data}, training", **limits),
+        data.examples(
+            tokenizer, dev[: args.dev_num], name=f"{args.dev_data or args.data}, validation",
+            **limits,
+        ),
+    )  # fmt: skip
+
+
+def pad_id(tokenizer) -> int:
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
+def _check(args) -> None:
+    """Fill in what depends on other flags, and refuse what does not go together."""
+    args.select = args.select or ("rouge" if args.eval_gen else "loss")
+    if args.select == "rouge" and not args.eval_gen:
+        raise UserError("--select rouge needs responses to look at; add --eval-gen.")
+    if not 0 <= args.kd_ratio <= 1:
+        raise UserError(f"--kd-ratio {args.kd_ratio}: expected 0 to 1.")
+    if not 0 <= args.peft_lora_dropout < 1:
+        raise UserError(f"--peft-lora-dropout {args.peft_lora_dropout}: expected 0 to below 1.")
+    taught = args.teacher or args.teacher_cache
+    if args.type == "kd" and not taught:
+        raise UserError("--type kd needs a teacher: --teacher MODEL, or --teacher-cache FOLDER.")
+    if args.type == "sft" and taught:
+        raise UserError("--type sft has no teacher; use --type kd, or leave the teacher out.")
+    if args.teacher and args.teacher_cache:
+        raise UserError("--teacher and --teacher-cache: give one of the two.")
+    if args.packing and taught:
+        raise UserError("--packing is for training without a teacher; leave it out.")
+    if args.eval_batch_size is not None and args.eval_batch_size < 1:
+        raise UserError(f"--eval-batch-size {args.eval_batch_size}: at least 1.")
+
+
+def _objective(args, student, device: str, columns: int | None, dtype: str) -> Callable:
+    """(engine, batch) -> (sum of losses, the sums to report)."""
+    if args.teacher is None:
+        return cross_entropy
+    teacher = models.load_teacher(
+        args.teacher, device=device, peft_path=args.teacher_peft_path,
+        dtype="float32" if dtype == "float32" else "auto",
+    )  # fmt: skip
+    fused = losses.fusable(student, args.zero) and losses.fusable(teacher)
+    rows = partial(losses.mix_rows, rows=losses.ROWS[args.loss], kd_ratio=args.kd_ratio)
+    return partial(distillation, teacher, rows, columns, fused)
+
+
+def cross_entropy(running, batch: dict):
+    """Cross entropy of the labels."""
+    logits = running(**validation.inputs_of(batch, running.device)).logits
+    return validation.cross_entropy(logits, batch["labels"].to(running.device)), {}
+
+
+def distillation(teacher, rows, columns: int | None, fused: bool, running, batch: dict):
+    """``rows`` over teacher and student at every label; reports its parts."""
+    inputs = validation.inputs_of(batch, running.device)
+    labels = batch["labels"].to(running.device)
+    total, ce, divergence = losses.over_models(
+        rows, teacher, running, inputs, labels != data.IGNORED, [labels.clamp_min(0)], columns,
+        fused,
+    )  # fmt: skip
+    return total, {"ce": ce, "kd": divergence}
+
+
+def _settings(args, training, dtype: str, longest: int, longest_prompt: int) -> dict:
+    kept = {k: v for k, v in vars(args).items() if k not in FREE and v is not None}
+    return kept | {
+        "lr": training.learning_rate, "steps": training.steps, "dtype": dtype,
+        "max_length": longest, "max_prompt_length": longest_prompt,
+    }  # fmt: skip
+
+
+def _identity(args, source: Path, training, dtype: str, train, dev) -> dict:
+    settings = _settings(args, training, dtype, 0, 0)
+    identity = writer.fingerprint(source, None, settings)
+    identity["data"] = {"training": train.key, "validation": dev.key}
+    if args.teacher:
+        folder = checkpoint.resolve(args.teacher)
+        identity["teacher"] = writer.fingerprint(folder, None, {})["model"]
+    return identity
+
+
+def _print_plan(args, parameters: int, training, dtype: str) -> None:
+    """--dry-run: what training takes, activations aside."""
+    item = 4 if dtype == "float32" else 2
+    ranks = distributed.world_size()
+    trained = 0 if args.peft else parameters
+    # AdamW's two moments, and a float32 copy where weights are not.
+    states = trained * (8 if item == 4 else 12) / (ranks if training.zero else 1)
+    gradients = trained * item / (ranks if training.zero > 1 else 1)
+    weights = parameters * item / (ranks if training.zero > 2 else 1)
+    memory = (states + gradients + weights) / 1e9
+    if args.teacher:
+        folder = checkpoint.resolve(args.teacher)
+        count = stored_size(folder, checkpoint.load_config(folder)).parameters
+        memory += count * item / 1e9
+    print(f"{args.type}: {args.model} ({parameters / 1e6:.2f} M parameters, {dtype}) -> {args.out}")
+    print(
+        f"memory: about {memory:.2f} GB a process, and the activations of {training.micro_batch} "
+        f"examples; disk: {parameters * item / 1e6:.1f} MB, and while it runs "
+        f"{(trained * (12 if item == 4 else 14) + parameters * item) / 1e6:.1f} MB"
+    )
