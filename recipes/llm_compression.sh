@@ -97,6 +97,5 @@ harness compare "${results[@]}" --plot "$out/frontier.png" --curve "$out/ratio.p
 echo "table: $out/table.md"
 
 # The demo: dense and pruned models, side by side.
-first=${healed%% *}
-harness generate "$model" "$out/$first" "$out/$first-recovered" "$out/sparsegpt-${ratios##* }" \
+harness generate "$model" "$out/sparsegpt-${ratios%% *}" "$out/$last" "$out/$last-recovered" \
     --max_new_tokens 48

@@ -2,13 +2,13 @@
 the trees name what is there."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import gptq.cli
 import harness.cli
 import pytest
 
@@ -37,8 +37,9 @@ ALL = [pytest.param(page, words, id=" ".join(words)) for page in PAGES for words
 def test_every_command_is_one(page, words):
     if words[0] in ("torchrun", "accelerate"):
         words = ["python", *words[words.index("-m") :]]
-    if words[:3] == ["python", "-m", "gptq"]:
-        gptq.cli.parser().parse_args(words[3:])
+    if words[:2] == ["python", "-m"] and words[2] != "pip":
+        module = "gptq.cli" if words[2] == "gptq" else words[2]
+        importlib.import_module(module).parser().parse_args(words[3:])
     elif words[0] == "harness":
         harness.cli.build_parser().parse_args(words[1:])
     elif words[0] == "bash":

@@ -70,3 +70,38 @@ def test_quickstart(tmp_path, run_recipe):
     assert f"plot: {plot}" in shown and plot.stat().st_size > 5000
     table = tmp_path / "out/table.md"
     assert f"table: {table}" in shown and "bits/weight" in table.read_text()
+
+
+def test_llm_compression(tmp_path, run_recipe):
+    """One point of each kind, a recovery of seconds; its table, plots and demo."""
+    settings = {
+        "OUT": str(tmp_path), "RATIOS": "50", "BLOCK": "50", "CHANNEL": "25", "TWICE": "50-70",
+        "HEALED": "block-50", "MINUTES": "0.2", "NSAMPLES": "8", "EVAL_FLAGS": "--limit 8",
+    }  # fmt: skip
+    shown = run_recipe("llm_compression.sh", "tiny-llama", **settings)
+    head, _, *lines = [
+        line for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line
+    ]
+    columns = [cell.strip() for cell in head.split("|")[1:-1]]
+    rows = {}
+    for line in lines:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        rows[cells[0]] = dict(zip(columns, cells, strict=True))
+    assert rows.keys() == {
+        "tiny-llama", "block-50", "channel-25", "sparsegpt-50", "twice-50-70",
+        "block-50-recovered", "block-50-distilled", "tiny-llama-nf4-dq",
+        "block-50-recovered-nf4-dq", "sparsegpt-50-nf4-dq",
+    }  # fmt: skip
+
+    def value(row, column):
+        return float(next(v for k, v in rows[row].items() if k.startswith(column)).replace(",", ""))
+
+    for column in ("parameters", "MMAC/token", "MB"):
+        assert value("channel-25", column) < value("tiny-llama", column)
+        assert value("block-50", column) < value("tiny-llama", column)
+    assert value("tiny-llama", "PPL") < value("sparsegpt-50", "PPL") < value("twice-50-70", "PPL")
+    assert value("sparsegpt-50", "zeros") == 50 and value("twice-50-70", "zeros") == 70
+    assert value("sparsegpt-50-nf4-dq", "MB") < 0.5 * value("sparsegpt-50", "MB")
+    for name in ("frontier.png", "ratio.png", "bubble.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+    assert shown.count("tokens/s)") >= 4 * 2  # four models, asked twice at least
