@@ -79,7 +79,7 @@ def advantages(
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the tokens of the mask, of all rollouts of all ranks; 0 outside it.
+    """Mean 0 and variance 1 over the tokens of the mask, those of all ranks; 0 outside it.
 
     values float32 [B, T], mask [B, T].
     """
