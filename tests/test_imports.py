@@ -18,11 +18,12 @@ MATHEMATICS = [
     for name in names
 ]
 # Every module that a command runs: those that are called with `python -m`, and the programs.
-COMMANDS = ["harness", "gptq"] + sorted(
+MODULES = sorted(
     f"{path.parent.name}.{path.stem}"
     for path in ROOT.glob("packages/*/src/*/*.py")
     if path.stem != "cli" and '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 )
+COMMANDS = ["harness", "gptq", *MODULES]
 
 
 def imports(path: Path) -> set[str]:
