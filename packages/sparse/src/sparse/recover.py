@@ -141,9 +141,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--patience",
         type=int,
-        default=3,
+        default=5,
         metavar="N",
-        help="stop after so many looks without a better loss (default 3; 0: never)",
+        help="stop after so many looks without a better loss (default 5, half a run; 0: never)",
     )
     how.add_argument(
         "--save_steps",

@@ -56,7 +56,7 @@ def recover(
     max_minutes: float | None = None,
     eval_steps: int | None = None,
     save_steps: int | None = None,
-    patience: int = 3,
+    patience: int = 5,
     gradient_checkpointing: bool = False,
     densify: bool = False,
     device: str = "auto",
