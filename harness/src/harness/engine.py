@@ -14,6 +14,7 @@ sampling) is seeded by step and rank, so a resumed run needs no random state. Wi
 process trains as it is; `deepspeed`, `torchrun` and `accelerate launch` give the ranks.
 """
 
+import atexit
 import json
 import os
 import shutil
@@ -97,13 +98,6 @@ def launch(device: str) -> str:
     """Join the process group, one of a single process where no launcher made more; returns this
     rank's device. To be called before the model is built."""
     cuda = device.startswith("cuda")
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            alone["MASTER_PORT"] = str(probe.getsockname()[1])
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -115,14 +109,48 @@ def launch(device: str) -> str:
     if not cuda:
         # Shared-memory collectives would be compiled on first use, for a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if cuda else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        backend = "nccl" if cuda else "gloo"
+        with _alone():
+            dist.init_process_group(backend)
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def _alone():
+    """Inside, the environment is what a launcher makes, of one process where there is none."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    given = "MASTER_PORT" in os.environ
+    if not given:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    yield
+    if not given:
+        # A process that this one starts later must not find the port taken.
+        del os.environ["MASTER_PORT"]
+
+
+@contextmanager
+def group():
+    """What a command on DeepSpeed runs in. After a success all ranks leave together, as in
+    `distributed.group`, but the process group stays until the process ends: DeepSpeed keeps hold of
+    it, and a second command in the process trains on it too."""
+    atexit.register(_destroy_group)
+    yield
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _destroy_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(model: torch.nn.Module, training: Training):

@@ -81,11 +81,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed
+    from harness import distributed, engine
     from minillm.finetuning import finetune
 
     args.out = args.out or f"{Path(args.model).name}-{args.type}"
-    with distributed.group():
+    with engine.group():
         result = finetune(args)
         lead = distributed.rank() == 0
     if lead and result:
