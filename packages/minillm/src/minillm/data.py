@@ -125,8 +125,8 @@ def prompt_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
 
 
 class Examples(Sequence):
-    """Memory-mapped examples; [i] is (ids int64 [T], first). Of all of them, `lengths` and
-    `firsts` are lists."""
+    """Memory-mapped examples; [i] is (ids int64 [T], first). Lists of all: `lengths`, `firsts`, and
+    `sources`, the rows they were made from."""
 
     def __init__(self, path: Path, counts: Counts):
         from datasets import Dataset
@@ -134,8 +134,8 @@ class Examples(Sequence):
         self.rows = Dataset.from_file(str(path)).with_format("numpy")
         self.counts = counts
         self.key = path.stem
-        self.lengths = self.rows["length"][:].tolist()
-        self.firsts = self.rows["first"][:].tolist()
+        columns = ("length", "first", "source")
+        self.lengths, self.firsts, self.sources = (self.rows[c][:].tolist() for c in columns)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -165,15 +165,16 @@ def examples(
     def rows(counts: Counts):
         for start in range(0, len(found), AT_A_TIME):
             some = found[start : start + AT_A_TIME]
-            full = [pair for pair in some if pair["response"].strip()]
+            full = [i for i, pair in enumerate(some) if pair["response"].strip()]
             counts.empty += len(some) - len(full)
-            prompts, responses = ([pair[key] for pair in full] for key in ("prompt", "response"))
-            for prompt, answer in encode(tokenizer, prompts, responses) if full else ():
+            prompts, responses = ([some[i][key] for i in full] for key in ("prompt", "response"))
+            encoded = encode(tokenizer, prompts, responses) if full else ()
+            for i, (prompt, answer) in zip(full, encoded, strict=True):
                 if len(prompt) > max_prompt_length:
                     counts.long_prompts += 1
                     continue
                 counts.cut += len(prompt) + len(answer) > max_length
-                yield (prompt + answer)[:max_length], max(1, len(prompt))
+                yield (prompt + answer)[:max_length], max(1, len(prompt)), start + i
 
     what = [json.dumps(pair, sort_keys=True) for pair in found]
     made = _cached(rows, [_tokenizer_text(tokenizer), max_length, max_prompt_length, *what])
@@ -216,8 +217,8 @@ def windows(tokenizer, dataset: str, *, length: int, limit: int | None = None) -
 
     def rows(counts: Counts):
         ids = tokenizer(text, verbose=False)["input_ids"]
-        for start in range(0, len(ids) - length + 1, length)[:limit]:
-            yield ids[start : start + length], 1
+        for number, start in enumerate(range(0, len(ids) - length + 1, length)[:limit]):
+            yield ids[start : start + length], 1, number
 
     made = _cached(rows, [_tokenizer_text(tokenizer), length, limit, text])
     if not len(made):
@@ -236,8 +237,11 @@ def _cached(rows, key: Iterable) -> Examples:
     from datasets import Features, List, Value, config
     from datasets.arrow_writer import ArrowWriter
 
+    columns = {name: Value("int32") for name in ("first", "length", "source")}
+    columns["ids"] = List(Value("int32"))
     digest = hashlib.sha256()
-    for part in key:
+    # What is in a file is part of its name: an older version of this code may have written others.
+    for part in [*columns, *asdict(Counts()), *key]:
         digest.update(str(part).encode() + b"\0")
     folder = Path(config.HF_DATASETS_CACHE) / "minillm"
     path = folder / f"{digest.hexdigest()[:24]}.arrow"
@@ -249,10 +253,10 @@ def _cached(rows, key: Iterable) -> Examples:
         folder.mkdir(parents=True, exist_ok=True)
         counts = Counts()
         beside = path.with_suffix(".tmp")
-        columns = {"ids": List(Value("int32")), "first": Value("int32"), "length": Value("int32")}
         with ArrowWriter(path=str(beside), features=Features(columns)) as writer:
-            for ids, first in rows(counts):
-                writer.write({"ids": ids, "first": first, "length": len(ids)})
+            for ids, first, source in rows(counts):
+                row = {"ids": ids, "first": first, "length": len(ids), "source": source}
+                writer.write(row)
                 counts.examples += 1
                 counts.tokens += len(ids)
                 counts.largest = max(counts.largest, *ids)

@@ -12,7 +12,7 @@ from harness.footprint import stored_size
 from harness.perplexity import context_length
 
 from harness import card, checkpoint, distributed, engine, trainer, writer
-from minillm import data, flags, losses, models, packing, validation
+from minillm import align, data, flags, losses, models, packing, validation
 
 # What does not change the result; the rest of the flags is what a resumed run must repeat.
 FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "save_interval")
@@ -74,14 +74,11 @@ def finetune(args) -> dict | None:
             return models.merged(plain, tensors, checkpoint.parse_dtype(dtype), **lora)
 
     pad = pad_id(tokenizer)
+    collate = _collate(args, train, rows, tokenizer, longest)
     lengths = [sum(train.lengths[i] for i in row) for row in rows] if rows else train.lengths
 
     def batches(step: int) -> list[dict]:
-        dealt = data.deal(lengths, step, training)
-        if rows:
-            packed = [[[train[i] for i in rows[index]] for index in micro] for micro in dealt]
-            return [packing.collate(micro, pad) for micro in packed]
-        return [data.collate([train[index] for index in micro], pad) for micro in dealt]
+        return [collate(micro) for micro in data.deal(lengths, step, training)]
 
     def evaluate(running, step: int) -> dict:
         size = args.eval_batch_size or args.batch_size
@@ -110,19 +107,24 @@ def finetune(args) -> dict | None:
     )  # fmt: skip
 
 
-def examples(args, tokenizer, longest: int, longest_prompt: int):
-    """Training and validation examples of the flags --data, --dev-data, --train-num, --dev-num."""
-    limits = {"max_length": longest, "max_prompt_length": longest_prompt}
+def pairs(args, split: str) -> list[dict[str, str]]:
+    """Prompts and responses of the flags --data, --dev-data, --train-num and --dev-num."""
     generated = getattr(args, "type", None) == "seqkd"
-    train = data.pairs(args.data, "train", generated)[: args.train_num]
-    dev = data.pairs(args.dev_data or args.data, "validation", generated and not args.dev_data)
-    return (
-        data.examples(tokenizer, train, name=f"{args.data}, training", **limits),
+    if split == "train":
+        return data.pairs(args.data, split, generated)[: args.train_num]
+    named = args.dev_data or args.data
+    return data.pairs(named, split, generated and not args.dev_data)[: args.dev_num]
+
+
+def examples(args, tokenizer, longest: int, longest_prompt: int) -> list[data.Examples]:
+    """Training and validation examples of :func:`pairs`."""
+    return [
         data.examples(
-            tokenizer, dev[: args.dev_num], name=f"{args.dev_data or args.data}, validation",
-            **limits,
-        ),
-    )  # fmt: skip
+            tokenizer, pairs(args, split), max_length=longest, max_prompt_length=longest_prompt,
+            name=f"{name}, {split}",
+        )
+        for split, name in (("train", args.data), ("validation", args.dev_data or args.data))
+    ]  # fmt: skip
 
 
 def pad_id(tokenizer) -> int:
@@ -146,6 +148,8 @@ def _check(args) -> None:
         raise UserError("--type sft has no teacher; use --type kd, or leave the teacher out.")
     if args.teacher and args.teacher_cache:
         raise UserError("--teacher and --teacher-cache: give one of the two.")
+    if args.align and not args.teacher:
+        raise UserError(f"--align {args.align} needs the teacher in memory; give --teacher MODEL.")
     if args.packing and taught:
         raise UserError("--packing is for training without a teacher; leave it out.")
     if args.eval_batch_size is not None and args.eval_batch_size < 1:
@@ -160,9 +164,25 @@ def _objective(args, student, device: str, columns: int | None, dtype: str) -> C
         args.teacher, device=device, peft_path=args.teacher_peft_path,
         dtype="float32" if dtype == "float32" else "auto",
     )  # fmt: skip
+    if args.align:
+        return partial(align.distillation, teacher, args.kd_ratio)
     fused = losses.fusable(student, args.zero) and losses.fusable(teacher)
     rows = partial(losses.mix_rows, rows=losses.ROWS[args.loss], kd_ratio=args.kd_ratio)
     return partial(distillation, teacher, rows, columns, fused)
+
+
+def _collate(args, train, rows, tokenizer, longest: int) -> Callable[[list[int]], dict]:
+    """Indices -> a micro-batch: of examples, of packed rows, or of texts for two tokenizers."""
+    pad = pad_id(tokenizer)
+    if rows:
+        return lambda micro: packing.collate([[train[i] for i in rows[n]] for n in micro], pad)
+    if not args.align:
+        return lambda micro: data.collate([train[i] for i in micro], pad)
+    texts = pairs(args, "train")
+    other = checkpoint.load_tokenizer(args.teacher)
+    return lambda micro: align.batch(
+        [texts[train.sources[i]] for i in micro], other, tokenizer, longest, (pad_id(other), pad)
+    )
 
 
 def cross_entropy(running, batch: dict):
