@@ -26,14 +26,14 @@ def entry(config, index: int) -> dict:
 
 
 def model_heads(config) -> int:
-    """Attention heads by the config's ordinary fields."""
-    return config.get_text_config().num_attention_heads
+    """Attention heads by the config's ordinary fields; 0 for models without attention."""
+    return getattr(config.get_text_config(), "num_attention_heads", 0)
 
 
 def head_dim(config) -> int:
     """Numbers per attention head."""
     text = config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return getattr(text, "head_dim", None) or text.hidden_size // max(model_heads(config), 1)
 
 
 def heads(config, index: int) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def heads(config, index: int) -> tuple[int, int]:
     kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         kv_heads = 1
-    count = text.num_attention_heads
+    count = model_heads(config)
     return own.get("heads", count), own.get("kv_heads", kv_heads or count)
 
 

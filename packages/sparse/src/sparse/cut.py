@@ -7,7 +7,7 @@ import torch
 from harness.decoder import Decoder
 from harness.errors import UserError
 
-from harness import checkpoint, distributed, sizes
+from harness import checkpoint, distributed, memory, sizes
 from sparse import groups, hidden, selection
 
 HIDDEN = "hidden channels"
@@ -107,6 +107,11 @@ def block_wise(exact: Decoder, spans: dict[str, tuple[int, int]], multiple: int)
 def channel_wise(exact: Decoder, ratio: float, multiple: int) -> Cut:
     structures = _structures(exact)
     width = exact.config.get_text_config().hidden_size
+    if not all(s.residual_writers for s in structures):
+        raise UserError(
+            f"in {type(exact.model).__name__} some block has no linear that writes to the residual "
+            "stream; its hidden channels cannot be taken out."
+        )
     if getattr(exact.config, sizes.KEY, None):
         raise UserError(
             "--channel_wise needs blocks of one size; take out hidden channels first, then "
@@ -134,3 +139,4 @@ def check(exact: Decoder, cut: Cut, alive: dict[str, torch.Tensor]) -> None:
         elif cut.chosen.get(index):
             masks = [(g, alive[part(index, g)]) for g in cut.chosen[index]]
             groups.check(exact, index, masks)
+        memory.give_back()

@@ -63,6 +63,7 @@ def backward(
             inputs.append([h.cpu() for h in hidden])
         hidden = [decoder.forward(index, h) for h in hidden]
         decoder.release(index)
+        memory.give_back()
     decoder.differentiable = True
     try:
         gradients = [_head(decoder, ids, h) for ids, h in zip(examples, hidden, strict=True)]

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from harness import sizes
 
 TOKENS = 6
-PROBE_ELEMENTS = 2**22
+PROBE_ELEMENTS = 2**21
 TOLERANCE = 1e-4
 NONE = torch.iinfo(torch.long).max
 
