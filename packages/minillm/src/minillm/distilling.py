@@ -34,6 +34,11 @@ def train(args) -> dict | None:
     configs = [checkpoint.load_config(folder) for folder in folders]
     longest, longest_prompt = flags.lengths(args, *map(context_length, configs))
     tokenizer = checkpoint.load_tokenizer(source)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= columns:
+        raise UserError(
+            f"the student's end token ({tokenizer.eos_token}) is not among the {columns} tokens "
+            "that it shares with the teacher; give both the same end token."
+        )
     examples, dev = finetuning.examples(args, tokenizer, longest, longest_prompt)
     models.check_tokens([examples, dev], configs[0])
     text = None
