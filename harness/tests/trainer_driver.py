@@ -1,5 +1,5 @@
-"""``trainer_driver.py MODEL OUT ZERO ACCUMULATE [KILL]``: twelve steps of a tiny model; KILL is the
-step before which the process kills itself with signal 9, or "nan", where a loss is not a number."""
+"""``trainer_driver.py MODEL OUT ZERO ACCUMULATE [FATE STEP]``: twelve steps of a tiny model, of 8
+windows. FATE at step STEP: "kill" (signal 9), "stop" (interrupted) or "nan" (a loss is none)."""
 
 import os
 import signal
@@ -21,58 +21,56 @@ def windows(step):
 
 def micro_batches(step, accumulate):
     ranks, rank = distributed.world_size(), distributed.rank()
-    micro = WINDOWS // ranks // accumulate
-    parts = windows(step).split(micro)[rank::ranks]
+    parts = windows(step).split(WINDOWS // ranks // accumulate)[rank::ranks]
     return [{"ids": ids, "tokens": ids[:, 1:].numel(), "step": step} for ids in parts]
 
 
-def main(source, out, zero, accumulate, kill=None):
+def cross_entropy(running, ids):
+    logits = running(input_ids=ids).logits[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="sum")
+
+
+def main(source, out, zero=0, accumulate=2, fate=None, at=-1, **more):
     torch.set_num_threads(1)
-    accumulate = int(accumulate)
+    zero, accumulate, at = int(zero), int(accumulate), int(at)
     source, out = Path(source), Path(out)
 
     def loss_of(running, batch):
-        if kill is not None and kill.isdigit() and batch["step"] == int(kill):
+        if batch["step"] == at and fate == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        logits = running(input_ids=batch["ids"]).logits[:, :-1]
-        losses = F.cross_entropy(logits.transpose(1, 2), batch["ids"][:, 1:], reduction="sum")
-        if kill == "nan" and batch["step"] == 7:
-            losses = losses * float("nan")
-        return losses, {"tenth": losses.detach() / 10}
+        if batch["step"] == at and fate == "stop":
+            raise KeyboardInterrupt
+        loss = cross_entropy(running, batch["ids"])
+        if batch["step"] == at and fate == "nan":
+            loss = loss * float("nan")
+        return loss, {"tenth": loss.detach() / 10}
 
     def evaluate(running, step):
         with torch.no_grad():
-            logits = running(input_ids=windows(10**6)).logits[:, :-1]
-        ids = windows(10**6)[:, 1:]
-        return {"value": F.cross_entropy(logits.transpose(1, 2), ids).item()}
+            loss = cross_entropy(running, windows(10**6)).item()
+        return {"value": loss / WINDOWS / 15}
 
     def body():
         engine.launch("cpu")
-        model = checkpoint.load_model(source).train()
-        training = engine.Training(
-            3e-3, STEPS, WINDOWS // accumulate, accumulate, warmup=2, zero=int(zero)
-        )
-        step_entry = {"method": "tiny", "base": source.name, "command": "c", "settings": {}}
-        found = trainer.train(
-            model,
-            training,
-            batches=lambda step: micro_batches(step, accumulate),
-            loss_of=loss_of,
-            out=out,
-            identity=writer.fingerprint(source, None, {"zero": zero}),
-            evaluate=evaluate,
-            eval_steps=5,
-            save_steps=2,
-            boundary=lambda step: step % 3 == 0,
-            step_entry=step_entry,
-            source=source,
-        )
-        distributed.say(f"best {found['best_step']} of {found['steps']}")
+        size = WINDOWS // accumulate // distributed.world_size()
+        training = engine.Training(3e-3, STEPS, size, accumulate, warmup=2, zero=zero)
+        with engine.group():
+            trainer.train(
+                checkpoint.load_model(source).train(),
+                training,
+                loss_of=loss_of,
+                batches=lambda step: micro_batches(step, accumulate),
+                out=out,
+                identity=writer.fingerprint(source, None, {"zero": zero, "at": STEPS}),
+                step_entry={"method": "tiny", "base": "a", "command": "b", "settings": {}},
+                source=source,
+                **{
+                    "evaluate": evaluate, "eval_steps": 5, "save_steps": 2,
+                    "boundary": lambda step: step % 3 == 0, **more,
+                },
+            )  # fmt: skip
 
-    code = run(body)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return code
+    return run(body)
 
 
 if __name__ == "__main__":

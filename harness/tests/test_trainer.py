@@ -1,0 +1,139 @@
+"""The training loop: what it writes, what it keeps of a killed run, and when it stops."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import trainer_driver
+from harness.errors import UserError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "model"
+    # Dropout: its random numbers must be those of the undisturbed run.
+    families.save("llama", folder, tokenizer=True, num_hidden_layers=2, attention_dropout=0.2)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def log(folder):
+    return json.loads((folder / "compression_log.json").read_text())
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(source, tmp_path, capsys):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert trainer_driver.main(source, straight) == 0
+    assert trainer_driver.main(source, stopped, fate="stop", at=1) == 130
+    assert trainer_driver.main(source, stopped, fate="stop", at=11) == 130
+    state = json.loads((tmp_path / "stopped.partial" / "states" / "state.json").read_text())
+    # Every second step, where the boundary (every third) lets one.
+    assert state["progress"]["step"] == 9
+    capsys.readouterr()
+    assert trainer_driver.main(source, stopped) == 0
+    assert "resuming: 9 steps are done" in capsys.readouterr().err
+    assert contents(stopped) == contents(straight)
+    assert [row["step"] for row in log(stopped)["looks"]] == [0, 5, 10, 12]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["stopped", "straight"]
+    AutoModelForCausalLM.from_pretrained(stopped)
+
+
+def test_the_best_weights_are_written_and_their_value_is_theirs(source, tmp_path):
+    values = {0: 3.0, 4: 9.0, 8: 2.0, 12: 5.0}
+    looked = {}
+
+    def evaluate(running, step):
+        looked[step] = [p.detach().clone() for p in running.module.parameters()]
+        return {"value": values[step], "other": 1.0}
+
+    for better, step in (("lower", 8), ("higher", 4)):
+        out = tmp_path / better
+        code = trainer_driver.main(source, out, evaluate=evaluate, better=better, eval_steps=4)
+        assert code == 0 and log(out)["written"] == {"step": step}
+        written = AutoModelForCausalLM.from_pretrained(out).parameters()
+        assert all(map(torch.equal, written, looked[step]))
+        assert "value" not in log(out)["looks"][0]
+
+
+def test_events_of_tensorboard_have_every_step_once(source, tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    out = tmp_path / "out"
+    assert trainer_driver.main(source, out, fate="stop", at=8) == 130
+    assert trainer_driver.main(source, out) == 0
+    events = event_accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
+    assert [e.step for e in events.Scalars("eval/value")] == [5, 10, 12]
+
+
+def test_a_loss_that_is_no_number_stops_and_leaves_its_batch(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert trainer_driver.main(source, out, fate="nan", at=7) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: the loss of step 7 is nan: training diverged; lower the")
+    saved = load_file(tmp_path / "out.failed-step7-rank0.safetensors")
+    both = torch.cat([saved["0.ids"], saved["1.ids"]])
+    assert torch.equal(both, trainer_driver.windows(7))
+    note = json.loads((tmp_path / "out.failed-step7-rank0.json").read_text())
+    assert note["step"] == 7 and note["batches"][0]["tokens"] == 60
+    assert not out.exists()
+
+
+def test_another_run_there_is_refused_by_name(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert trainer_driver.main(source, out, fate="stop", at=11) == 130
+    assert trainer_driver.main(source, out, zero=1) == 2
+    assert "begun by another run (settings, zero: 0 there, 1 now)" in capsys.readouterr().err
+    assert trainer_driver.main(source, out, zero=1, resume=False) == 0
+    assert trainer_driver.main(source, out, zero=1) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_value_that_is_no_number_stops(source, tmp_path, capsys):
+    code = trainer_driver.main(
+        source, tmp_path / "out", evaluate=lambda running, step: {"value": float("inf")}
+    )
+    assert code == 2 and "after 0 steps; the model's weights are" in capsys.readouterr().err
+    assert issubclass(trainer_driver.engine.Diverged, UserError)
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_two_ranks_goes_on(source, tmp_path):
+    """ZeRO 2: what each rank holds of the optimizer is taken up again; losses as on one rank."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+    def launch(*words):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", trainer_driver.__file__, source, *words]
+        return subprocess.run(
+            list(map(str, command)),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    plain = tmp_path / "plain"
+    families.save("llama", plain, tokenizer=True, num_hidden_layers=2)
+    source = plain
+    assert trainer_driver.main(source, tmp_path / "one", 0, 4) == 0
+    assert launch(tmp_path / "two", 2, 2, "kill", 8).returncode
+    done = launch(tmp_path / "two", 2, 2)
+    assert done.returncode == 0 and "resuming: 6 steps are done" in done.stderr, done.stderr
+    for one, two in zip(*(log(tmp_path / n)["looks"] for n in ("one", "two")), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
