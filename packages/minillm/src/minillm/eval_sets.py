@@ -1,0 +1,84 @@
+"""The sets that distilled models are compared on: prompts, each with one or several references.
+
+self-inst, vicuna, s-ni and unni are the files that MiniLLM's authors (arXiv 2306.08543) put on the
+hub; of the last two the part with references of 11 words and more, as published.
+"""
+
+import sys
+from pathlib import Path
+
+from harness.errors import UserError, nearest
+
+from harness import checkpoint, data, files, instruct
+
+HUB = {
+    "self-inst": ("MiniLLM/self-inst", "valid.jsonl"),
+    "vicuna": ("MiniLLM/Vicuna", "valid.jsonl"),
+    "s-ni": ("MiniLLM/sinst", "11_/valid.jsonl"),
+    "unni": ("MiniLLM/uinst", "11_/valid.jsonl"),
+}
+NAMES = (*data.INSTRUCTIONS, *HUB)
+EXPECTED = "expected prompt and response, or instruction (input) and output"
+
+
+def load(name: str) -> list[tuple[str, list[str]]]:
+    """(prompt, references) of every example of a set: the test part of dolly, alpaca, stdlib-doc or
+    a local table or folder; the whole of a file whose name begins with test, val or dev, and of the
+    published sets.
+
+    Raises:
+        UserError: no such set, or a row that lacks a column.
+    """
+    if name.lower() in HUB:
+        path = _fetch(name.lower())
+        found = map(_example, *_rows(path))
+        # How the original's files may write line ends.
+        return [(prompt.replace("<n>", "\n"), some) for prompt, some in found]
+    if name in data.DATASETS:
+        return [(pair["prompt"], [pair["response"]]) for pair in data.instructions(name, "test")]
+    source = Path(name)
+    if not source.exists():
+        raise UserError(
+            f"{name} is neither a file or folder nor one of {', '.join(NAMES)}."
+            + nearest(name, NAMES)
+        )
+    chosen, own = files.select(source, "test")
+    found = [pair for path in chosen for pair in map(_example, *_rows(path))]
+    if own or (source.is_file() and files.split_of(source, source.parent)):
+        return found
+    print(
+        f"note: {name}: its test part, a twentieth; a file named test* is taken whole",
+        file=sys.stderr,
+    )
+    return instruct.deal(found, "test")
+
+
+def _rows(path: Path) -> tuple[list[dict], list[str]]:
+    rows = files.rows(path)
+    return rows, [f"{path}, row {number}" for number in range(1, len(rows) + 1)]
+
+
+def _example(row: dict, where: str) -> tuple[str, list[str]]:
+    references = row.get("output")
+    if not isinstance(references, list):
+        references = None
+    elif not references or not all(isinstance(text, str) for text in references):
+        raise UserError(f"{where}: output is a list, of no text; {EXPECTED}.")
+    pair = instruct.example(row | {"output": references[0]} if references else row)
+    if pair is None:
+        raise UserError(f"{where}: {', '.join(map(str, row)) or 'nothing'}; {EXPECTED}.")
+    return pair["prompt"], references or [pair["response"]]
+
+
+def _fetch(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, file = HUB[name]
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name}: the hub's {repository} could not be had ({checkpoint.one_line(error)}); give "
+            "a local file, or the embedded stdlib-doc."
+        ) from error
