@@ -11,17 +11,17 @@ model=${1:-tiny-llama}
 out=${OUT:-out/llm_compression/$(basename "$model")}
 if [ "${model#tiny-llama}" != "$model" ]; then
     # NF4 on a CPU wants inputs that are multiples of 64 wide.
-    here=(stdlib stdlib stdlib 64 2 "--batch_size 16 --learning_rate 5e-4" "--limit 60")
+    here=(stdlib stdlib stdlib 64 1 "--limit 60")
 else
-    here=("wikitext2 ptb c4" c4 alpaca 8 0 "" "")
+    here=("wikitext2 ptb c4" c4 alpaca 8 0 "")
 fi
 texts=${TEXTS:-${here[0]}}        # perplexity texts
 data=${DATA:-${here[1]}}          # calibration text
 recover=${RECOVER:-${here[2]}}    # text or instructions to recover on
 multiple=${MULTIPLE:-${here[3]}}  # sizes of pruned layers are multiples of this
 minutes=${MINUTES:-${here[4]}}    # of recovery per model; 0: as many epochs as LLM-Pruner takes
-recover_flags=${RECOVER_FLAGS:-${here[5]}}
-eval_flags="${EVAL_FLAGS:-${here[6]}}"
+recover_flags=${RECOVER_FLAGS:-}
+eval_flags=${EVAL_FLAGS:-${here[5]}}
 nsamples=${NSAMPLES:-64}          # calibration windows of SparseGPT
 ratios=${RATIOS:-10 20 30 40 50 60 70 80 90}
 block=${BLOCK:-25 40 50 60}
