@@ -1,7 +1,11 @@
 """Losses against float64 formulas; from hidden states against logits, in value and gradient."""
 
+import json
 import math
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import families
 import pytest
@@ -76,7 +80,7 @@ def test_the_mixture_is_the_originals_up_to_the_teachers_entropy(heads):
     student[0].requires_grad_()
     rows = partial(losses.mix_rows, kd_ratio=0.3)
     total, ce, divergence = kd_from_hidden(rows, teacher, student, mask, [labels], chunk=3)
-    total.backward()
+    (total / 8).backward()
 
     twin = doubles(student)
     log_p = F.linear(*(part.double() for part in teacher)).log_softmax(-1)
@@ -84,7 +88,7 @@ def test_the_mixture_is_the_originals_up_to_the_teachers_entropy(heads):
     hard = -log_q.gather(-1, labels[..., None])[..., 0][mask].sum()
     soft = -(log_p.exp() * log_q).sum(-1)[mask].sum()
     entropy = -(log_p.exp() * log_p).sum(-1)[mask].sum()
-    (0.7 * hard + 0.3 * soft).backward()
+    ((0.7 * hard + 0.3 * soft) / 8).backward()
     assert ce.item() == pytest.approx(hard.item(), rel=1e-5)
     assert divergence.item() == pytest.approx((soft - entropy).item(), rel=1e-5)
     assert total.item() == pytest.approx((0.7 * hard + 0.3 * (soft - entropy)).item(), rel=1e-5)
@@ -128,6 +132,28 @@ def test_a_models_loss_is_that_of_its_logits(family):
         found[fused] = parts.detach(), grads
     torch.testing.assert_close(found[True], found[False], rtol=2e-4, atol=1e-5)
     torch.testing.assert_close(student(**inputs).logits.shape, (2, 12, families.VOCAB))
+
+
+def test_without_gradients_none_is_computed(heads):
+    teacher, student, mask = heads
+    with torch.no_grad():
+        value = kd_from_hidden(ROWS["tvd"], teacher, [x.requires_grad_() for x in student], mask)
+    assert not value.requires_grad
+    frozen = [student[0], *(part.detach() for part in student[1:])]
+    kd_from_hidden(ROWS["tvd"], teacher, frozen, mask).backward()
+    assert student[0].grad is not None and frozen[1].grad is None
+
+
+@pytest.mark.slow
+def test_a_step_takes_a_third_of_the_naive_memory(tmp_path):
+    """At 8 x 512 x 50,257, as benchmarks/kd_step.py measures it; losses and gradients equal."""
+    script = Path(__file__).parents[3] / "benchmarks" / "kd_step.py"
+    command = [sys.executable, str(script), "--json", str(tmp_path / "found.json")]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["chunked"]["peak_gb"] < found["naive"]["peak_gb"] / 3
+    for name in ("loss", "gradient"):
+        assert found["chunked"][name] == pytest.approx(found["naive"][name], rel=1e-3)
 
 
 def test_a_capped_head_goes_through_logits(capsys):

@@ -9,7 +9,8 @@ to [R, K] where K sums are wanted at once. Three ways lead from it to a sum:
 
 * logits of both models: the functions of `LOSSES`, and `harness.divergence.sum_over_rows`;
 * hidden states and the heads' weights (`kd_from_hidden`): logits exist for one chunk of rows at a
-  time, in the forward and again in the backward pass, never as B x T x V;
+  time, never as B x T x V; a chunk's gradient is taken where its logits are made, and only its
+  products with the head and the hidden states are kept for the backward pass;
 * the models themselves (`over_models`), which takes the second way where a model allows it.
 
 Sources: MiniLLM arXiv 2306.08543, GKD arXiv 2306.13649 (generalised JSD), DistiLLM arXiv 2402.03898
@@ -103,7 +104,7 @@ def kd_from_hidden(
         chunk: rows at a time; by default 32 MB of float32 logits.
 
     Returns:
-        float32 scalar, or [K].
+        float32 scalar; or [K], of which the first has a gradient, the others are to be reported.
     """
     wide = {teacher[1].shape[0], student[1].shape[0]}
     if vocabulary is None and len(wide) > 1:
@@ -114,7 +115,8 @@ def kd_from_hidden(
     extras = [extra.reshape(-1) for extra in extras]
     flat = (student[0].flatten(0, -2), *_cut(student, vocabulary))
     theirs = (teacher[0].detach().flatten(0, -2), *_cut(teacher, vocabulary))
-    return _FromHidden.apply(*flat, theirs, weights, rows, chunk, extras)
+    learning = torch.is_grad_enabled()
+    return _FromHidden.apply(*flat, theirs, weights, rows, chunk, extras, learning)
 
 
 def _cut(head: Head, vocabulary: int) -> tuple[Tensor, Tensor | None]:
@@ -128,46 +130,53 @@ def _log_p(logits: Tensor) -> Tensor:
 
 class _FromHidden(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher, weights, rows, chunk, extras):
-        # The teacher has no gradient: its tensors are kept as they are, not saved a second time.
-        ctx.save_for_backward(hidden, weight, bias, weights)
-        ctx.settings = (teacher, rows, chunk, extras)
+    def forward(ctx, hidden, weight, bias, teacher, weights, rows, chunk, extras, learning):
+        wanted = [learning and needed for needed in ctx.needs_input_grad[:3]]
+        # Weights' gradients are summed over many chunks: in float32, whatever the dtype.
+        types = (hidden.dtype, torch.float32, torch.float32)
+        slopes = [
+            torch.zeros_like(part, dtype=dtype) if want else None
+            for part, dtype, want in zip((hidden, weight, bias), types, wanted, strict=True)
+        ]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for index in weights.nonzero()[:, 0].split(chunk):
+            leaf = F.linear(hidden[index], weight, bias).requires_grad_(any(wanted))
             log_p = _log_p(F.linear(teacher[0][index], *teacher[1:]))
-            log_q = _log_p(F.linear(hidden[index], weight, bias))
-            total = total + weights[index] @ rows(log_p, log_q, *(e[index] for e in extras))
+            with torch.set_grad_enabled(any(wanted)):
+                values = rows(log_p, _log_p(leaf), *(e[index] for e in extras))
+                sums = weights[index] @ values
+                loss = sums if sums.ndim == 0 else sums[0]
+            total = total + sums.detach()
+            if any(wanted):
+                slope = torch.autograd.grad(loss, leaf)[0]
+                del leaf, log_p, values, sums, loss
+                _add_slopes(slopes, slope, hidden[index], weight, index)
+        ctx.slopes, ctx.types = slopes, [part.dtype for part in (hidden, weight)]
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        hidden, weight, bias, weights = ctx.saved_tensors
-        teacher, rows, chunk, extras = ctx.settings
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        # Summed over many chunks: in float32, whatever the weight's dtype.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
-        for index in weights.nonzero()[:, 0].split(chunk):
-            part = hidden[index]
-            leaf = F.linear(part, weight, bias).requires_grad_()
-            log_p = _log_p(F.linear(teacher[0][index], *teacher[1:]))
-            with torch.enable_grad():
-                values = rows(log_p, _log_p(leaf), *(e[index] for e in extras))
-                value = (weights[index] @ values * grad_total).sum()
-            slope = torch.autograd.grad(value, leaf)[0]
-            del leaf, log_p, values, value
-            if want_hidden:
-                grad_hidden[index] = slope @ weight
-            if want_weight and weight.dtype == torch.float32:
-                grad_weight.addmm_(slope.T, part)
-            elif want_weight:
-                grad_weight += slope.T @ part
-            if want_bias:
-                grad_bias += slope.sum(0, dtype=torch.float32)
-        grad_weight = grad_weight.to(weight.dtype) if want_weight else None
-        grad_bias = grad_bias.to(bias.dtype) if want_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        scale = grad_total if grad_total.ndim == 0 else grad_total[0]
+        (hidden, weight, bias), ctx.slopes = ctx.slopes, None
+        kinds = (ctx.types[0], ctx.types[1], ctx.types[1])
+        found = [
+            None if part is None else part.mul_(scale.to(part.dtype)).to(kind)
+            for part, kind in zip((hidden, weight, bias), kinds, strict=True)
+        ]
+        return *found, *(None,) * 6
+
+
+def _add_slopes(slopes: list, slope: Tensor, part: Tensor, weight: Tensor, index: Tensor) -> None:
+    """Add what a chunk's gradient in its logits, ``slope`` [R, V], is in the head's inputs."""
+    hidden, matrix, bias = slopes
+    if hidden is not None:
+        hidden[index] = slope @ weight
+    if matrix is not None and slope.dtype == torch.float32:
+        matrix.addmm_(slope.T, part)
+    elif matrix is not None:
+        matrix += slope.T @ part
+    if bias is not None:
+        bias += slope.sum(0, dtype=torch.float32)
 
 
 def over_models(
