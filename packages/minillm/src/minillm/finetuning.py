@@ -12,7 +12,7 @@ from harness.footprint import stored_size
 from harness.perplexity import context_length
 
 from harness import card, checkpoint, distributed, engine, trainer, writer
-from minillm import align, data, flags, losses, models, packing, validation
+from minillm import align, data, flags, generation, losses, models, packing, validation
 
 # What does not change the result; the rest of the flags is what a resumed run must repeat.
 FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "save_interval")
@@ -57,7 +57,6 @@ def finetune(args) -> dict | None:
 
     lora = flags.lora(args)
     student = models.load_student(args.model, device=device, dtype=dtype, peft_path=args.peft_path)
-    student.config.use_cache = False
     if args.packing and not packing.isolates(student):
         distributed.say("packing: this family reads packed examples as one text, each sees those "
                         "before it")  # fmt: skip
@@ -74,6 +73,7 @@ def finetune(args) -> dict | None:
             return models.merged(plain, tensors, checkpoint.parse_dtype(dtype), **lora)
 
     pad = pad_id(tokenizer)
+    sampling = generation.Sampling(longest - longest_prompt, temperature=float(not args.greedy))
     collate = _collate(args, train, rows, tokenizer, longest)
     lengths = [sum(train.lengths[i] for i in row) for row in rows] if rows else train.lengths
 
@@ -86,9 +86,8 @@ def finetune(args) -> dict | None:
         found = {"validation_loss": loss}
         if args.eval_gen:
             found["rouge_l"] = validation.rouge(
-                running, training, step, tokenizer, dev, batch=size,
-                new_tokens=longest - longest_prompt, sample=not args.greedy,
-            )  # fmt: skip
+                running, tokenizer, dev, sampling=sampling, batch=size, seed=args.seed
+            )
         return validation.select(args.select, found)
 
     every = args.eval_interval or max(1, count // data.batch_size(training))

@@ -5,13 +5,13 @@ Legend: B examples, T tokens of the longest, V vocabulary.
 
 import torch
 from harness.divergence import CHUNK_ELEMENTS
-from harness.progress import track
 from harness.rouge import rouge_l
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from harness import distributed, engine
+from minillm import generation
 from minillm.data import IGNORED, Examples, collate
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -54,52 +54,23 @@ def held_out_loss(model, examples: Examples, *, batch: int, pad: int) -> float:
     return distributed.sum_number(total) / labels
 
 
-def rouge(model, training, step: int, tokenizer, examples: Examples, *, batch: int, new_tokens: int,
-          sample: bool) -> float:  # fmt: skip
-    """Rouge-L of responses to the examples' prompts, over all ranks; at temperature 1, or greedy.
-    ``model`` is an engine."""
-    mine = range(distributed.rank(), len(examples), distributed.world_size())
-    # Prompts of like length together, for less padding.
-    mine = sorted(mine, key=lambda i: examples.firsts[i])
-    parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
-    engine.seed(training, step)
+def rouge(
+    running, tokenizer, examples: Examples, *, sampling: generation.Sampling, batch: int, seed: int
+) -> float:
+    """Rouge-L of responses to the examples' prompts, over all ranks; the same random numbers at
+    every look. ``running`` is an engine."""
+    rows = [examples[i] for i in range(len(examples))]
+    prompts = [ids[:first].tolist() for ids, first in rows]
+    answers = [ids[first:] for ids, first in rows]
+    references = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    groups = generation.batches(prompts, batch)
     score = 0.0
-    with engine.whole_weights(model) as whole:
-        for part in track(parts, "responses") if distributed.rank() == 0 else parts:
-            rows = [examples[i] for i in part]
-            prompts = [ids[:first] for ids, first in rows]
-            found = respond(whole, tokenizer, prompts, new_tokens=new_tokens, sample=sample)
-            references = [
-                tokenizer.decode(ids[first:], skip_special_tokens=True) for ids, first in rows
-            ]
-            score += rouge_l(found, references) * len(part)
+    with engine.whole_weights(running) as model:
+        ask = generation.transformers_engine(model, tokenizer, sampling)
+        for group, said in generation.respond(ask, prompts, seed, groups, "responses"):
+            texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+            score += rouge_l(texts, [references[i] for i in group]) * len(group)
     return distributed.sum_number(score) / len(examples)
-
-
-@torch.no_grad()
-def respond(model, tokenizer, prompts: list[Tensor], *, new_tokens: int, sample: bool) -> list[str]:
-    """Responses to prompts (token ids), padded on the left: at temperature 1 from the whole
-    distribution, or greedy."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    longest = max(len(ids) for ids in prompts)
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for row, some in enumerate(prompts):
-        ids[row, longest - len(some) :] = some
-        mask[row, longest - len(some) :] = 1
-    device = next(model.parameters()).device
-    made = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=new_tokens,
-        do_sample=sample,
-        temperature=1.0 if sample else None,
-        top_k=0 if sample else None,
-        top_p=1.0 if sample else None,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
 
 
 def select(by: str, values: dict[str, float]) -> dict[str, float]:
