@@ -1,0 +1,228 @@
+"""A teacher's probabilities on disk: KD from them is KD in memory, but for the tail's part."""
+
+import json
+
+import families
+import pytest
+import torch
+from harness.divergence import kl_rows
+from minillm import cache, caching, data, finetune, finetuning, losses, models
+from minillm.cache_teacher import main
+from safetensors.torch import load_file
+
+from harness import checkpoint
+
+TOP = 5
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    families.save("llama", tmp_path / "teacher", tokenizer=True)
+    families.save("llama", tmp_path / "student", tokenizer=True, seed=1)
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    rows = [
+        {"prompt": families.TEXT[i : i + 5], "response": families.TEXT[2 * i : 3 * i + 4]}
+        for i in range(12)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "valid.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "arrow"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def examples():
+    found = data.pairs("pairs", "train")
+    tokenizer = checkpoint.load_tokenizer("teacher")
+    return data.examples(tokenizer, found, max_length=32, max_prompt_length=16, name="pairs")
+
+
+def exact(p, q, top):
+    """(what the cache's KL is to be, what KL in memory has besides), float64 [R]: sums over the
+    tokens one by one."""
+    inside = torch.zeros_like(p, dtype=torch.bool).scatter(1, p.topk(top).indices, True)
+    logs = p.log_softmax(-1), q.log_softmax(-1)
+    p, q = (log.exp() for log in logs)
+    terms = p * (logs[0] - logs[1])
+    tails = [torch.where(inside, 0, x).sum(-1) for x in (p, q)]
+    kept = torch.where(inside, terms, 0).sum(-1)
+    beside = torch.where(inside, 0, terms).sum(-1)
+    if top == p.shape[-1]:
+        return kept, beside
+    whole = tails[0] * (tails[0] / tails[1]).log()
+    return kept + whole, beside - whole
+
+
+def pair(rows=40, vocabulary=23, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(2, rows, vocabulary, generator=draw, dtype=torch.float64) * 2
+
+
+@pytest.mark.parametrize("top", [1, TOP, 23])
+def test_what_is_lost_is_the_tail_and_no_more(top):
+    teacher, student = pair()
+    kept, lost = exact(teacher, student, top)
+    log_p = teacher.log_softmax(-1)
+    tops, ids = log_p.topk(top)
+    tail = log_p.scatter(1, ids, -1e4).logsumexp(-1)
+    labels = torch.arange(len(student)) % 23
+    found = cache.loss(kl_rows, 0.5, student, labels, ids, tops, tail)
+    ce = -student.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
+    torch.testing.assert_close(found[2], kept.sum(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[1], ce)
+    torch.testing.assert_close(found[0], (found[1] + found[2]) / 2)
+    full = kl_rows(log_p, student.log_softmax(-1))
+    torch.testing.assert_close(kept + lost, full)
+    # The bound: never negative, and at most the tail times the worst ratio in it.
+    outside = torch.ones_like(log_p).scatter(1, ids, 0).bool()
+    worst = (log_p - student.log_softmax(-1)).where(outside, torch.tensor(-torch.inf).double())
+    shift = tail - student.log_softmax(-1).where(outside, -torch.inf).logsumexp(-1)
+    assert (lost > -1e-12).all()
+    if top < 23:
+        assert (lost <= tail.exp() * (worst.amax(-1) - shift) + 1e-12).all() and lost.sum() > 0.1
+
+
+def test_the_gradient_is_that_of_the_loss():
+    teacher, student = pair(6, 9)
+    top = teacher.log_softmax(-1).topk(3)
+    tail = teacher.log_softmax(-1).scatter(1, top.indices, -1e4).logsumexp(-1)
+    student.requires_grad_()
+    labels = torch.tensor([0, 1, 2, 3, 4, 8])
+
+    def kd(logits):
+        return cache.loss(kl_rows, 0.7, logits, labels, top.indices, top.values, tail)[0]
+
+    assert torch.autograd.gradcheck(kd, student)
+
+
+def test_float16_costs_what_is_said():
+    teacher, student = (x.float() for x in pair(500, 300))
+    stored = cache.compress(teacher, 40)
+    assert {key: stored[key].dtype for key in cache.KEYS} == {
+        "ids": torch.uint16, "log_probs": torch.float16, "log_tail": torch.float32,
+    }  # fmt: skip
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == 500 * (4 * 40 + 4)
+    assert cache.bytes_per_label(40, 300) == 164 and cache.bytes_per_label(64, 2**17) == 388
+    q = student.double().log_softmax(-1)
+    log_p, log_q = cache.buckets(
+        q, stored["ids"].long(), stored["log_probs"].double(), stored["log_tail"].double()
+    )
+    kept, _ = exact(teacher.double(), student.double(), 40)
+    p = log_p.exp()
+    rounding = 2**-10 * (p * log_p.abs() * ((log_p - log_q).abs() + 1)).sum(-1)
+    assert ((kl_rows(log_p, log_q) - kept).abs() < rounding + 1e-6).all()
+
+
+def test_kd_from_the_cache_is_kd_in_memory(place):
+    assert main(["teacher", "--data", "pairs", "--topk", str(TOP), "--out", "cache",
+                 "--max-length", "32", "--max-prompt-length", "16"]) == 0  # fmt: skip
+    found = examples()
+    cached = cache.Cache("cache", found, families.VOCAB)
+    teacher, student = (checkpoint.load_model(name) for name in ("teacher", "student"))
+    chosen = [7, 2, 11]
+    batch = data.collate([found[i] for i in chosen], 0)
+    batch |= cached.rows(chosen)
+    _, parts = cache.distillation(kl_rows, 0.5, cached.vocabulary, student, batch)
+    mask = batch["labels"] != data.IGNORED
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    labels = [batch["labels"].clamp_min(0)]
+    with torch.no_grad():
+        memory = losses.over_models(losses.mix_rows, teacher, student, inputs, mask, labels)
+        logits = [m(**inputs).logits[mask].double() for m in (teacher, student)]
+    kept, lost = exact(*logits, TOP)
+    torch.testing.assert_close(parts["ce"], memory[1])
+    assert lost.sum() > 0
+    assert parts["kd"] == pytest.approx(kept.sum().item(), rel=2e-3)
+    assert parts["kd"] + lost.sum() == pytest.approx(memory[2].item(), rel=2e-3)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 250)
+    words = ["teacher", "--data", "pairs", "--topk", "3", "--batch-size", "2"]
+    assert main([*words, "--out", "whole"]) == 0
+    assert "16 bytes each" in capsys.readouterr().out
+    real, calls = caching.probabilities, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(caching, "probabilities", stopping)
+    assert main([*words, "--out", "again"]) == 130
+    monkeypatch.setattr(caching, "probabilities", real)
+    (place / "again.partial/shard-00003.safetensors.tmp").write_text("half")
+    assert main([*words, "--out", "again", "--topk", "4"]) == 2
+    assert "top_k" in capsys.readouterr().err
+    assert main([*words, "--out", "again"]) == 0
+    assert "resuming: 2 of" in capsys.readouterr().err
+    shards = sorted((place / "whole").glob("shard-*"))
+    assert len(shards) > 3
+    assert [p.name for p in sorted((place / "again").iterdir())] == [
+        p.name for p in sorted((place / "whole").iterdir())
+    ]
+    for path in shards:
+        assert path.read_bytes() == (place / "again" / path.name).read_bytes()
+    assert not list(place.glob("*.partial*"))
+    # Every example's own part, wherever it lies.
+    found = examples_of("teacher")
+    cached = cache.Cache("again", found, families.VOCAB)
+    ids = torch.cat([load_file(path)["ids"] for path in shards]).long()
+    assert torch.equal(cached.rows(list(range(12)))["teacher_ids"], ids)
+    starts = cached.starts
+    assert torch.equal(cached.rows([5])["teacher_ids"], ids[starts[5] : starts[6]])
+
+
+def examples_of(model):
+    context = checkpoint.load_config(checkpoint.resolve(model)).max_position_embeddings
+    return data.examples(
+        checkpoint.load_tokenizer(model), data.pairs("pairs", "train"), max_length=context,
+        max_prompt_length=context // 2, name="pairs",
+    )  # fmt: skip
+
+
+def test_finetune_trains_from_the_cache_with_no_teacher(place, monkeypatch, capsys):
+    words = ["student", "--data", "pairs", "--type", "kd", "--total-iters", "3", "--batch-size",
+             "4", "--lr", "1e-3", "--max-length", "32", "--kd-ratio", "1"]  # fmt: skip
+    everything = str(families.VOCAB)
+    assert main(["teacher", "--student", "student", "--data", "pairs", "--topk", everything,
+                 "--out", "cache", "--max-length", "32"]) == 0  # fmt: skip
+    assert finetune.main([*words, "--teacher", "teacher", "--out", "memory"]) == 0
+    monkeypatch.setattr(models, "load_teacher", None)
+    assert finetune.main([*words, "--teacher-cache", "cache", "--out", "cached"]) == 0
+    tables = [json.loads((place / name / "compression_log.json").read_text())["looks"]
+              for name in ("memory", "cached")]  # fmt: skip
+    for one, other in zip(*tables, strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
+    assert tables[0][0]["validation_loss"] != pytest.approx(tables[0][-1]["validation_loss"])
+    assert (
+        finetune.main([*words, "--teacher-cache", "cache", "--out", "x", "--train-num", "5"]) == 2
+    )
+    assert "was made for 12 other examples, and there are 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--topk", "0"], "--topk 0: expected 1 to"),
+        (["--topk", "100000"], "the vocabulary"),
+        (["--batch-size", "0"], "--batch-size 0: at least 1"),
+        (["--student", "tiny-llama"], "different tokenizers"),
+        (["--out", "pairs", "--overwrite"], "is not a teacher's cache"),
+    ],
+)
+def test_bad_input_is_one_clear_line(place, capsys, words, message):
+    assert main(["teacher", "--data", "pairs", *words]) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert message in shown[-1] and shown[-1].startswith("error: ")
+
+
+def test_a_cache_of_another_place_is_refused(place, capsys):
+    made = examples_of("teacher")
+    with pytest.raises(finetuning.UserError, match=r"holds no cache\.json"):
+        cache.Cache("pairs", made, families.VOCAB)
+    assert main(["teacher", "--data", "pairs", "--topk", "3", "--out", "cache"]) == 0
+    with pytest.raises(finetuning.UserError, match="the student has 100"):
+        cache.Cache("cache", made, 100)
