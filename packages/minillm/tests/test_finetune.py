@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 import yaml
-from minillm import data, packing, validation
+from minillm import cache_teacher, data, packing, validation
 from minillm.finetune import main
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -138,6 +138,17 @@ def test_distillation_is_the_plain_loop(place, tmp_path):
     assert distance(weights(place / "llama"), weights(out), expected) < 1e-3
     row = log(out)["looks"][-1]
     assert row["training_loss"] == pytest.approx((row["training_ce"] + row["training_kd"]) / 2)
+
+
+def test_distillation_from_a_whole_cache_is_that_from_the_teacher(place, tmp_path):
+    """All 288 log-probabilities of each label, in float16."""
+    words = ["--data", place / "set.jsonl", *QUICK[:4], "--topk", 288, "--out", tmp_path / "cache"]
+    assert cache_teacher.main([str(word) for word in [place / "teacher", *words]]) == 0
+    kept = run(place, tmp_path / "kept", "--type", "kd", "--teacher-cache", tmp_path / "cache")
+    live = run(place, tmp_path / "live", "--type", "kd", "--teacher", place / "teacher")
+    assert distance(*map(weights, (place / "llama", live, kept))) < 0.02
+    rows = [log(tmp_path / name)["looks"][-1] for name in ("live", "kept")]
+    assert rows[0] == pytest.approx(rows[1], abs=1e-3)
 
 
 def test_accumulated_micro_batches_are_one_batch(place, tmp_path):

@@ -12,7 +12,7 @@ from harness.footprint import stored_size
 from harness.perplexity import context_length
 
 from harness import card, checkpoint, distributed, engine, trainer, writer
-from minillm import align, data, flags, generation, losses, models, packing, validation
+from minillm import align, cache, data, flags, generation, losses, models, packing, validation
 
 # What does not change the result; the rest of the flags is what a resumed run must repeat.
 FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "save_interval")
@@ -44,6 +44,8 @@ def finetune(args) -> dict | None:
     tokenizer = checkpoint.load_tokenizer(source)
     train, dev = examples(args, tokenizer, longest, longest_prompt)
     models.check_tokens([train, dev], config)
+    known = config.get_text_config().vocab_size
+    stored = cache.Cache(args.teacher_cache, train, known) if args.teacher_cache else None
 
     rows = packing.pack(train.lengths, longest, args.seed) if args.packing else None
     parameters = stored_size(source, config).parameters
@@ -61,7 +63,9 @@ def finetune(args) -> dict | None:
         distributed.say("packing: this family reads packed examples as one text, each sees those "
                         "before it")  # fmt: skip
     identity = _identity(args, source, training, dtype, train, dev)
-    objective = _objective(args, student, device, columns, dtype)
+    if stored:
+        identity["teacher_cache"] = stored.identity
+    objective = _objective(args, student, device, columns, dtype, stored)
     finish = None
     if lora:
         student = models.add_lora(student, **lora)
@@ -74,7 +78,7 @@ def finetune(args) -> dict | None:
 
     pad = pad_id(tokenizer)
     sampling = generation.Sampling(longest - longest_prompt, temperature=float(not args.greedy))
-    collate = _collate(args, train, rows, tokenizer, longest)
+    collate = _collate(args, train, rows, tokenizer, longest, stored)
     lengths = [sum(train.lengths[i] for i in row) for row in rows] if rows else train.lengths
 
     def batches(step: int) -> list[dict]:
@@ -155,8 +159,11 @@ def _check(args) -> None:
         raise UserError(f"--eval-batch-size {args.eval_batch_size}: at least 1.")
 
 
-def _objective(args, student, device: str, columns: int | None, dtype: str) -> Callable:
+def _objective(args, student, device: str, columns: int | None, dtype: str, stored) -> Callable:
     """(engine, batch) -> (sum of losses, the sums to report)."""
+    if stored:
+        rows = losses.ROWS[args.loss]
+        return partial(cache.distillation, rows, args.kd_ratio, stored.vocabulary)
     if args.teacher is None:
         return cross_entropy
     teacher = models.load_teacher(
@@ -170,13 +177,15 @@ def _objective(args, student, device: str, columns: int | None, dtype: str) -> C
     return partial(distillation, teacher, rows, columns, fused)
 
 
-def _collate(args, train, rows, tokenizer, longest: int) -> Callable[[list[int]], dict]:
-    """Indices -> a micro-batch: of examples, of packed rows, or of texts for two tokenizers."""
+def _collate(args, train, rows, tokenizer, longest: int, stored) -> Callable[[list[int]], dict]:
+    """Indices -> a micro-batch: of examples (with a cache's rows), of packed rows, or of texts for
+    two tokenizers."""
     pad = pad_id(tokenizer)
     if rows:
         return lambda micro: packing.collate([[train[i] for i in rows[n]] for n in micro], pad)
     if not args.align:
-        return lambda micro: data.collate([train[i] for i in micro], pad)
+        more = stored.rows if stored else lambda micro: {}
+        return lambda micro: data.collate([train[i] for i in micro], pad) | more(micro)
     texts = pairs(args, "train")
     other = checkpoint.load_tokenizer(args.teacher)
     return lambda micro: align.batch(
