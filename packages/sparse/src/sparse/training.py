@@ -14,11 +14,11 @@ from functools import lru_cache
 
 import torch
 from harness.errors import UserError
+from harness.meter import Meter
 from harness.training_data import Example
 from torch import Tensor, nn
 
 from harness import distributed
-from sparse.meter import Meter
 
 IGNORED = -100
 # Elements of one message between ranks: 64 MB of float32.
@@ -197,7 +197,7 @@ def train(
         _look(progress, look, 0.0, plan, parameters, store)
         store.save(progress, parameters, optimizer)
     done = behind()
-    meter = Meter(done, progress.tokens)
+    meter = Meter("recover", plan.steps, progress.step, progress.tokens)
     while done < 1 and not (plan.patience and progress.stale >= plan.patience):
         rate = plan.rate_at(progress.step, done)
         for group in optimizer.param_groups:
@@ -221,7 +221,7 @@ def train(
         progress.tokens += sum(len(ids) for ids, _ in batch)
         progress.since_look = [progress.since_look[0] + value, progress.since_look[1] + 1]
         before, done = done, behind()
-        meter.show(done, progress.step, value, rate, progress.tokens)
+        meter.show(progress.step, {"loss": value}, rate, progress.tokens)
         if done == 1 or plan.looks(progress.step, before, done):
             _look(progress, look, rate, plan, parameters, store)
             progress.seconds = time.perf_counter() - clock
