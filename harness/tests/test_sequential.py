@@ -1,15 +1,13 @@
 """The pass over all blocks against a naive one: whole-model forwards with hooks, one per stage."""
 
 import errno
-import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import families
 import pytest
+import runs
 import torch
 import yaml
 from harness.decoder import Decoder
@@ -150,7 +148,7 @@ def test_every_stage_sees_what_a_naive_pass_sees(
 
 @pytest.mark.parametrize("family", SOME)
 def test_a_pass_that_changes_nothing_changes_nothing(family, sources, tmp_path):
-    before = {p.name: digest(p) for p in sources[family].iterdir()}
+    before = runs.contents(sources[family])
     for number, statistics in enumerate((Recorder, None)):
         out = tmp_path / str(number)
         same = lambda matrices, *_: {n: Update(m) for n, m in matrices.items()}  # noqa: E731
@@ -158,7 +156,7 @@ def test_a_pass_that_changes_nothing_changes_nothing(family, sources, tmp_path):
         assert torch.equal(logits(out), logits(sources[family]))
         assert len(rows) == families.LAYERS * len(linears(Decoder(sources[family]).blocks[0]))
     assert torch.is_grad_enabled()
-    assert {p.name: digest(p) for p in sources[family].iterdir()} == before
+    assert runs.contents(sources[family]) == before
 
 
 @pytest.mark.parametrize(("true_sequential", "times"), [(True, 1), (False, 2)])
@@ -188,14 +186,6 @@ def test_two_passes_on_one_decoder_start_from_the_same_weights(sources, tmp_path
 
 
 # -- beginning, going on, ending -------------------------------------------------------------
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def contents(folder):
-    return {p.name: digest(p) for p in sorted(folder.iterdir())}
 
 
 class Interrupted(Exception):
@@ -239,14 +229,14 @@ def test_an_interrupted_pass_goes_on_with_the_same_result(sources, tmp_path, cap
     run(source, out, packing(calls=calls))
     assert "resuming: 3 of 5 blocks are done" in capsys.readouterr().err
     assert set(calls) == {"block 3", "block 4"}
-    assert contents(out) == contents(tmp_path / "straight")
+    assert runs.contents(out) == runs.contents(tmp_path / "straight")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "straight"}
 
 
 def test_another_runs_blocks_are_not_taken(sources, tmp_path):
     source, out = sources["llama"], tmp_path / "out"
     interrupted(source, out, calibration=CALIBRATION)
-    kept = contents(tmp_path / "out.partial")
+    kept = runs.contents(tmp_path / "out.partial")
     with pytest.raises(UserError, match="settings, bits: 4 there, 3 now"):
         run(source, out, packing(bits=3), calibration=CALIBRATION)
     with pytest.raises(UserError, match="settings, seed: 0 there, 1 now"):
@@ -259,7 +249,7 @@ def test_another_runs_blocks_are_not_taken(sources, tmp_path):
     with pytest.raises(UserError, match="model, model"):
         families.save("llama", tmp_path / "other", seed=1)
         run(tmp_path / "other", out, packing(), calibration=CALIBRATION)
-    assert contents(tmp_path / "out.partial") == kept
+    assert runs.contents(tmp_path / "out.partial") == kept
     run(source, out, packing(bits=3), calibration=CALIBRATION, resume=False)
     assert not (tmp_path / "out.partial").exists()
 
@@ -275,14 +265,14 @@ def test_finished_results_are_replaced_only_when_told(sources, tmp_path):
     (tmp_path / "out.old").mkdir()  # a user's own copy, by a likely name
     (tmp_path / "out.old" / "mine").write_text("keep")
     run(source, out, packing())
-    before = contents(out)
+    before = runs.contents(out)
     with pytest.raises(UserError, match=r"out exists; .*--overwrite"):
         run(source, out, packing(bits=3))
     with pytest.raises(Interrupted):
         run(source, out, packing(bits=3, fail_at=2), overwrite=True)
-    assert contents(out) == before  # until the new one is whole
+    assert runs.contents(out) == before  # until the new one is whole
     run(source, out, packing(bits=3), overwrite=True)
-    assert contents(out) != before
+    assert runs.contents(out) != before
     assert (tmp_path / "out.old" / "mine").read_text() == "keep"
     assert {p.name for p in tmp_path.iterdir()} == {"out", "out.old"}
 
@@ -329,7 +319,7 @@ def test_a_full_disk_is_said_and_resumable(where, sources, tmp_path, monkeypatch
     assert not out.exists() and not list(tmp_path.glob("**/*.tmp"))
     run(source, out, packing())
     run(source, tmp_path / "straight", packing())
-    assert contents(out) == contents(tmp_path / "straight")
+    assert runs.contents(out) == runs.contents(tmp_path / "straight")
 
 
 def test_what_a_pass_leaves_alone_is_said(tmp_path, capsys):
@@ -382,19 +372,8 @@ def test_foreign_tokens_are_refused(sources, tmp_path):
 
 
 def killed_runs_equal_the_undisturbed_one(source, folder, times, seed, renames):
-    driver = Path(__file__).with_name("kill_driver.py")
-    command = [sys.executable, driver, source, folder, times, seed, *renames]
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    results = [p for p in folder.iterdir() if p.is_dir()]
-    assert len(results) == 2 + times + len(renames)
-    for result in results:
-        assert contents(result) == contents(folder / "straight"), result.name
+    words = [Path(__file__).with_name("kill_driver.py"), source, folder, times, seed, *renames]
+    runs.killed_runs_equal_the_straight_one(folder, 2 + times + len(renames), *words)
 
 
 # 0 is the state file, 1 and 2 belong to the first block, 9 and 10 to the last, 17 is the result's

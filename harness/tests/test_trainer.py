@@ -20,12 +20,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def save(folder, dtype=torch.float32, dropout=0.2):
+    # Dropout: its random numbers must be those of the undisturbed run.
+    changes = {"num_hidden_layers": 2, "attention_dropout": dropout}
+    families.save("llama", folder, tokenizer=True, dtype=dtype, **changes)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "model"
-    # Dropout: its random numbers must be those of the undisturbed run.
-    families.save("llama", folder, tokenizer=True, num_hidden_layers=2, attention_dropout=0.2)
-    return folder
+    return save(tmp_path_factory.mktemp("source") / "model")
 
 
 def contents(folder):
@@ -36,7 +40,9 @@ def log(folder):
     return json.loads((folder / "compression_log.json").read_text())
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(source, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stopped_run_goes_on_to_the_same_bytes(dtype, tmp_path, capsys):
+    source = save(tmp_path / "source", dtype)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert trainer_driver.main(source, straight) == 0
     assert trainer_driver.main(source, stopped, fate="stop", at=1) == 130
@@ -49,7 +55,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source, tmp_path, capsys):
     assert "resuming: 9 steps are done" in capsys.readouterr().err
     assert contents(stopped) == contents(straight)
     assert [row["step"] for row in log(stopped)["looks"]] == [0, 5, 10, 12]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["stopped", "straight"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "stopped", "straight"]
     AutoModelForCausalLM.from_pretrained(stopped)
 
 
@@ -113,8 +119,26 @@ def test_a_value_that_is_no_number_stops(source, tmp_path, capsys):
     assert issubclass(trainer_driver.engine.Diverged, UserError)
 
 
+def test_bfloat16_weights_go_the_way_of_float32(tmp_path, capsys):
+    """Masters and accumulated gradients are float32: what is left is the rounding of the result,
+    and of gradients that are nearly zero."""
+    source = save(tmp_path / "source", torch.bfloat16, dropout=0.0)
+    start = load_file(source / "model.safetensors")
+    found = {}
+    for name, accumulate in (("float32", 1), ("bfloat16", 1), ("bfloat16", 8)):
+        out = tmp_path / f"{name}{accumulate}"
+        assert trainer_driver.main(source, out, accumulate=accumulate, dtype=name) == 0
+        ended = load_file(out / "model.safetensors")
+        way = [(ended[key].float() - start[key].float()).flatten() for key in start]
+        found[name, accumulate] = torch.cat(way)
+    expected = found.pop(("float32", 1))
+    apart = [((way - expected).norm() / expected.norm()).item() for way in found.values()]
+    assert max(apart) < 0.15, apart
+    assert capsys.readouterr().out == ""  # DeepSpeed's talk is no result
+
+
 @pytest.mark.slow
-def test_a_killed_run_on_two_ranks_goes_on(source, tmp_path):
+def test_a_killed_run_on_two_ranks_goes_on(tmp_path):
     """ZeRO 2: what each rank holds of the optimizer is taken up again; losses as on one rank."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
@@ -128,9 +152,7 @@ def test_a_killed_run_on_two_ranks_goes_on(source, tmp_path):
             text=True,
         )
 
-    plain = tmp_path / "plain"
-    families.save("llama", plain, tokenizer=True, num_hidden_layers=2)
-    source = plain
+    source = save(tmp_path / "source", dropout=0.0)
     assert trainer_driver.main(source, tmp_path / "one", 0, 4) == 0
     assert launch(tmp_path / "two", 2, 2, "kill", 8).returncode
     done = launch(tmp_path / "two", 2, 2)

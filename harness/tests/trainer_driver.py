@@ -26,11 +26,11 @@ def micro_batches(step, accumulate):
 
 
 def cross_entropy(running, ids):
-    logits = running(input_ids=ids).logits[:, :-1]
+    logits = running(input_ids=ids).logits[:, :-1].float()
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="sum")
 
 
-def main(source, out, zero=0, accumulate=2, fate=None, at=-1, **more):
+def main(source, out, zero=0, accumulate=2, fate=None, at=-1, dtype="auto", **more):
     torch.set_num_threads(1)
     zero, accumulate, at = int(zero), int(accumulate), int(at)
     source, out = Path(source), Path(out)
@@ -56,7 +56,7 @@ def main(source, out, zero=0, accumulate=2, fate=None, at=-1, **more):
         training = engine.Training(3e-3, STEPS, size, accumulate, warmup=2, zero=zero)
         with engine.group():
             trainer.train(
-                checkpoint.load_model(source).train(),
+                checkpoint.load_model(source, dtype=dtype).train(),
                 training,
                 loss_of=loss_of,
                 batches=lambda step: micro_batches(step, accumulate),

@@ -1,6 +1,5 @@
 """kill -9 at random moments, the same command again: the bytes of an undisturbed run."""
 
-import hashlib
 import os
 import random
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import families
 import pytest
+import runs
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ACT_ORDER = ["--wbits", "3", "--act-order", "--true-sequential"]
@@ -26,24 +26,10 @@ def inputs(tmp_path_factory):
     return folder / "model", folder / "text.txt"
 
 
-def contents(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
 def check(inputs, folder, times, seed, flags):
     driver = Path(__file__).with_name("resume_driver.py")
-    path = os.pathsep.join([str(Path(families.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *map(str, [driver, *inputs, folder, times, seed, *flags])],
-        env=ONE_THREAD | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    results = [p for p in folder.iterdir() if p.is_dir()]
-    assert len(results) == 2 + times + 3
-    for result in results:
-        assert contents(result) == contents(folder / "straight"), result.name
+    words = [driver, *inputs, folder, times, seed, *flags]
+    runs.killed_runs_equal_the_straight_one(folder, 2 + times + 3, *words)
 
 
 def test_killed_runs_resume_to_the_same_bytes(inputs, tmp_path):
@@ -66,13 +52,15 @@ def test_the_command_itself(inputs, tmp_path):
         return subprocess.Popen(command, cwd=folder, env=ONE_THREAD, stderr=subprocess.DEVNULL)
 
     assert start(tmp_path / "straight").wait() == 0
-    killed = start(tmp_path / "killed")
+    process = start(tmp_path / "killed")
     begun = tmp_path / "killed" / "out.partial.json"
-    while not begun.exists() and killed.poll() is None:
+    while not begun.exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(random.Random(0).uniform(0, 0.2))
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert start(tmp_path / "killed").wait() in (0, 2)  # 2: it had just finished
-    assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "straight" / "out")
+    assert runs.contents(tmp_path / "killed" / "out") == runs.contents(
+        tmp_path / "straight" / "out"
+    )
     assert start(tmp_path / "killed").wait() == 2  # not without --overwrite

@@ -1,7 +1,6 @@
 """kill -9 at random moments, the same command again: the bytes of an undisturbed run. Two gloo
 processes give the losses of one."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import families
 import pytest
+import runs
 from sparse.recover import main
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -23,25 +23,11 @@ def inputs(tmp_path_factory):
     return folder / "model", folder / "text.txt"
 
 
-def contents(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
 def check(inputs, folder, times, seed, flags):
     driver = Path(__file__).with_name("recover_driver.py")
-    path = os.pathsep.join([str(Path(families.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *map(str, [driver, *inputs, folder, times, seed, *flags])],
-        env=ONE_THREAD | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "resuming: 4 steps are done" in done.stderr
-    results = [p for p in folder.iterdir() if p.is_dir() and p.suffix != ".partial"]
-    assert len(results) == 2 + times + 7
-    for result in results:
-        assert contents(result) == contents(folder / "straight"), result.name
+    words = [driver, *inputs, folder, times, seed, *flags]
+    said = runs.killed_runs_equal_the_straight_one(folder, 2 + times + 7, *words)
+    assert "resuming: 4 steps are done" in said
 
 
 def test_killed_runs_resume_to_the_same_bytes(inputs, tmp_path):

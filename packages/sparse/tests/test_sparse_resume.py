@@ -1,15 +1,11 @@
 """kill -9 at random moments, the same command again: the bytes of an undisturbed run."""
 
-import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import families
 import pytest
+import runs
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 RUNS = {
     "plain": ("sparsegpt", ["--prunen", "2", "--prunem", "4"]),
     "quantized": ("sparsegpt", ["--sparsity", ".5", "--wbits", "4", "--true-sequential"]),
@@ -26,25 +22,11 @@ def inputs(tmp_path_factory):
     return folder / "model", folder / "text.txt"
 
 
-def contents(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
 def check(inputs, folder, times, seed, run):
     method, flags = RUNS[run]
     driver = Path(__file__).with_name("sparse_resume_driver.py")
-    path = os.pathsep.join([str(Path(families.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *map(str, [driver, method, *inputs, folder, times, seed, *flags])],
-        env=ONE_THREAD | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    results = [p for p in folder.iterdir() if p.is_dir()]
-    assert len(results) == 2 + times + 3
-    for result in results:
-        assert contents(result) == contents(folder / "straight"), result.name
+    words = [driver, method, *inputs, folder, times, seed, *flags]
+    runs.killed_runs_equal_the_straight_one(folder, 2 + times + 3, *words)
 
 
 def test_killed_runs_resume_to_the_same_bytes(inputs, tmp_path):

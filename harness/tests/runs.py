@@ -1,0 +1,54 @@
+"""Whole runs in processes of their own, one thread each: killed ones, and runs on two ranks."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+HERE = str(Path(__file__).parent)
+
+
+def python(*words, launcher=(), cwd=None) -> subprocess.CompletedProcess:
+    """This Python with ``words``; modules of this folder can be imported."""
+    path = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    command = [sys.executable, *map(str, [*launcher, *words])]
+    return subprocess.run(command, cwd=cwd, env=os.environ | quiet, capture_output=True, text=True)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below ``folder`` by its relative path, as a hash."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def killed_runs_equal_the_straight_one(folder: Path, count: int, *words) -> str:
+    """Run a driver of kill_driver.drive on ``folder``: ``count`` results, all with the bytes of
+    the run that nobody disturbed. Returns the driver's stderr."""
+    done = python(*words)
+    assert done.returncode == 0, done.stderr
+    results = [p for p in folder.iterdir() if p.is_dir() and p.suffix != ".partial"]
+    assert len(results) == count
+    straight = contents(folder / "straight")
+    for result in results:
+        assert contents(result) == straight, result.name
+    return done.stderr
+
+
+def two_ranks_equal_one(folder: Path, *words) -> set[str]:
+    """Run a driver alone and on two gloo ranks, in a folder each: equal bytes. The driver says
+    "ranks N, exit code 0" on stderr. Returns the names of what it made."""
+    made = {}
+    for name, launcher in (("one", ()), ("two", TWO_RANKS)):
+        (folder / name).mkdir()
+        done = python(*words, launcher=launcher, cwd=folder / name)
+        # Every rank's own word, not the launcher's exit code: gloo has been seen to abort a process
+        # that had left the group and was only shutting down (once in some thirty runs).
+        assert launcher or done.returncode == 0, done.stderr
+        ranks = 2 if launcher else 1
+        assert done.stderr.count(f"ranks {ranks}, exit code 0") == ranks, done.stderr
+        made[name] = contents(folder / name)
+    assert made["one"] == made["two"]
+    return {Path(path).parts[0] for path in made["one"]}
