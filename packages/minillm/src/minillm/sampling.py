@@ -14,6 +14,9 @@ from torch import Tensor
 
 from minillm.policy import mixed_log_probs
 
+# Finished rollouts leave the caches when no more than this share of them is still being written.
+KEPT = 0.75
+
 
 @dataclass
 class Rollouts:
@@ -78,27 +81,37 @@ def sample(
     device = prompts.device
     draws, ends = draws.to(device), torch.tensor(sorted(ends), device=device)
     models = [_Stepper(model, vocabulary) for model in (student, teacher) if model is not None]
-    open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    count, longest = draws.shape
+    responses = torch.full((count, longest), pad, device=device)
+    inside = torch.zeros(count, longest, dtype=torch.bool, device=device)
+    logp = torch.zeros(3, count, longest, device=device)
+    rows = torch.arange(count, device=device)  # which rollouts the caches are of
+    running = torch.ones_like(rows, dtype=torch.bool)
     ids, mask = prompts, prompt_mask
-    columns = []
-    for draw in draws.unbind(1):
+    for t in range(longest):
         log_q, *rest = (model(ids, mask) for model in models)
         log_p = rest[0] if rest else log_q
         mixed = mixed_log_probs(log_p, log_q, alpha if rest else 0.0)
-        drawn = _pick(mixed.double().exp(), draw)
+        drawn = _pick(mixed.double().exp(), draws[rows, t])
         each = [logs.gather(-1, drawn[:, None])[:, 0] for logs in (log_q, log_p, mixed)]
-        tokens = drawn.where(open_, pad)
-        columns.append([tokens, open_, *(logp.where(open_, 0.0) for logp in each)])
-        ids, mask = tokens[:, None], torch.cat([mask, open_[:, None].to(mask.dtype)], 1)
-        open_ = open_ & ~torch.isin(tokens, ends)
-        if not open_.any():
+        at = rows[running]
+        responses[at, t], inside[at, t] = drawn[running], True
+        logp[:, at, t] = torch.stack(each)[:, running]
+        ids, mask = drawn[:, None], torch.cat([mask, running[:, None].to(mask.dtype)], 1)
+        running = running & ~torch.isin(drawn, ends)
+        left = int(running.sum())
+        if not left:
             break
-    tokens, inside, ours, theirs, both = (
-        torch.stack(some, 1) for some in zip(*columns, strict=True)
-    )
+        if left <= KEPT * len(running):
+            rows, ids, mask = rows[running], ids[running], mask[running]
+            for model in models:
+                model.cache.batch_select_indices(running.nonzero()[:, 0])
+            running = running[running]
+    long = t + 1
+    ours, theirs, both = logp[:, :, :long]
     if teacher is None:
         theirs = torch.zeros_like(ours)
-    return Rollouts(prompts, prompt_mask, tokens, inside, ours, theirs, both)
+    return Rollouts(prompts, prompt_mask, responses[:, :long], inside[:, :long], ours, theirs, both)
 
 
 def _pick(probabilities: Tensor, draw: Tensor) -> Tensor:
