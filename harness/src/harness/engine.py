@@ -16,12 +16,14 @@ process trains as it is; `deepspeed`, `torchrun` and `accelerate launch` give th
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import socket
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
@@ -51,8 +53,8 @@ class Training:
         schedule: after the warmup "cosine", down to ``min_rate``, or "constant".
         micro_batch: sequences per forward and rank. accumulate: forwards per optimizer step.
         weight_decay: of matrices; vectors (norms, biases) have none.
-        zero: DeepSpeed's ZeRO stage, 0 to 3. offload: optimizer states, and weights at stage 3, in
-            CPU memory.
+        zero: DeepSpeed's ZeRO stage, 0 to 3; 16-bit weights have 1 at least.
+        offload: optimizer states, and weights at stage 3, in CPU memory.
     """
 
     learning_rate: float
@@ -101,11 +103,14 @@ def launch(device: str) -> str:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        import deepspeed
+        # Its log would go to stdout, where results are.
+        with redirect_stdout(sys.stderr):
+            import deepspeed
     except ImportError as error:
         raise UserError(
             "training needs deepspeed: pip install 'llm-compression-harness[deepspeed]'"
         ) from error
+    deepspeed.utils.logger.setLevel(logging.WARNING)
     if not cuda:
         # Shared-memory collectives would be compiled on first use, for a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -178,7 +183,10 @@ def start(model: torch.nn.Module, training: Training):
         eps=training.eps,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(training, step))
-    zero = {"stage": training.zero}
+    short = dtype != torch.float32
+    # DeepSpeed's own optimizer for 16-bit weights without ZeRO strays from float32's way three
+    # times as far as the one of stage 1 (measured), which for one process is no other thing.
+    zero = {"stage": max(training.zero, int(short))}
     if training.zero == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if training.offload:
@@ -197,13 +205,16 @@ def start(model: torch.nn.Module, training: Training):
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 2**31,
     }
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config=config,
-        dist_init_required=False,
-    )
+    if short and training.accumulate > 1:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    with redirect_stdout(sys.stderr):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=config,
+            dist_init_required=False,
+        )
     return engine
 
 
