@@ -292,4 +292,7 @@ def test_the_published_rate_is_chosen_and_said(place, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "135 steps of 8 examples, 20 epochs" in shown.err
     assert "learning rate 0.0005 (published nearest to" in shown.err
+    words += [*QUICK[:4], "--preset", "gpt2-base", "--epochs", "1"]
+    assert main(list(map(str, words))) == 0
+    assert "2 steps of 32 examples" in capsys.readouterr().err  # 16 times 2, in one process
     assert "memory: about" in shown.out and not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from harness import cli
-from minillm import flags
+from minillm import flags, presets
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 EXAMPLES = """\
@@ -16,6 +16,8 @@ examples:
   python -m minillm.generate TEACHER --data dolly --out generated.jsonl
   python -m minillm.finetune gpt2 --data generated.jsonl --type seqkd --dev-data dolly --out seqkd
       sequence-level distillation: trained on what the teacher wrote
+  python -m minillm.finetune gpt2 --data dolly --preset gpt2-base --out sft
+      what was published for GPT-2's smallest; flags beside it win
   deepspeed --num_gpus 8 --module minillm.finetune MODEL --data dolly --zero 2 --out sft
   torchrun --nproc-per-node 8 -m minillm.finetune MODEL --data dolly --zero 3 --out sft
 then:
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("model", metavar="MODEL", help="folder, hub id or embedded name")
+    presets.add(p)
     what = p.add_argument_group("towards what")
     flags.add(
         what, "--type", default="sft", choices=["sft", "kd", "seqkd"],
@@ -74,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = presets.parse(parser(), argv)
     return cli.run(lambda: _run(args))
 
 

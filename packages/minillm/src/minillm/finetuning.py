@@ -15,7 +15,10 @@ from harness import card, checkpoint, distributed, engine, trainer, writer
 from minillm import align, cache, data, flags, generation, losses, models, packing, validation
 
 # What does not change the result; the rest of the flags is what a resumed run must repeat.
-FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "save_interval")
+FREE = (
+    "model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "save_interval",
+    "preset",
+)  # fmt: skip
 
 
 def finetune(args) -> dict | None:
