@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         sampling, "--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S",
         help="one evaluation each (default 10 20 30 40 50)",
     )  # fmt: skip
+    flags.add(p, "--local-rank", type=int, help=argparse.SUPPRESS)
     cli.add_shared_flags(p)
     # Each of --seeds takes its place.
     next(a for a in p._actions if a.dest == "seed").help = argparse.SUPPRESS

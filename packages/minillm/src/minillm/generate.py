@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
         sampling, "--no-repeat-ngram-size", type=int, default=0, metavar="N",
         help="no N tokens in a row twice (default 0: anything goes)",
     )  # fmt: skip
+    flags.add(p, "--local-rank", type=int, help=argparse.SUPPRESS)
     cli.add_shared_flags(p)
     return p
 

@@ -18,7 +18,7 @@ from minillm import data, flags, generation
 
 BATCH = {"transformers": 16, "vllm": 1024}
 # What does not change what is said: neither does the device, but for rounding.
-FREE = ("model", "out", "resume", "overwrite", "dry_run", "device")
+FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank")
 
 
 def generate(args) -> dict[str, int] | None:

@@ -1,0 +1,219 @@
+"""The steps of ``minillm.distill``: which commands they are, and one after another."""
+
+import importlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from harness.errors import UserError
+
+from harness import checkpoint, report
+from minillm import presets
+
+
+class StepFailed(Exception):
+    """A step that ended with an exit code, and the last that it said."""
+
+    def __init__(self, step: str, code: int, reason: str):
+        super().__init__(f"{step} ended with exit code {code}: {reason}")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of this package, ``python -m minillm.COMMAND WORDS``, and what it makes."""
+
+    name: str
+    command: str
+    words: list[str]
+    result: Path
+
+    def __str__(self) -> str:
+        return shlex.join(["python", "-m", f"minillm.{self.command}", *self.words])
+
+
+def steps(args) -> list[Step]:
+    """The chain's commands, from the arguments of ``minillm.distill``."""
+    out = Path(args.out or f"{Path(args.student).name}-distilled")
+    made = []
+
+    def add(name: str, command: str, result: str, *words) -> str:
+        path = out / result
+        made.append(Step(name, command, [*map(str, words), "--out", str(path)], path))
+        return str(path)
+
+    data = ["--data", args.data]
+    training = [*data, *_numerics(args), "--seed", args.seed, *_resume(args)]
+    teacher, student = args.teacher, args.student
+    if args.enable_sft_teacher:
+        own = _preset(args.teacher_preset, args.teacher, "sft")
+        teacher = add(
+            "SFT of the teacher", "finetune", "teacher", teacher, *training, *own, *args.all,
+            *args.sft_teacher,
+        )  # fmt: skip
+    # MiniLLM starts from the student of the lowest validation loss, as published.
+    sft = add(
+        "SFT of the student", "finetune", "sft", student, *training,
+        *_preset(args.preset, args.student, "sft"), *args.all, *args.sft,
+    )  # fmt: skip
+    text = ["--lm-data", args.lm_data] if args.lm_data else []
+    last = add(
+        "MiniLLM", "train_minillm", "minillm", sft, "--teacher", teacher, *training, *text,
+        *_preset(args.preset, args.student, "minillm"), *args.all, *args.minillm,
+    )  # fmt: skip
+    looks = [*data, *_numerics(args), *_preset(args.preset, args.student, "evaluate")]
+    for name, model in (("teacher", teacher), ("SFT student", sft), ("MiniLLM student", last)):
+        file = f"results-{name.split()[0].lower()}.json"
+        add(f"evaluation of the {name}", "evaluate", file, model, *looks, *args.evaluate)
+    return made
+
+
+def _numerics(args) -> list[str]:
+    return ["--device", args.device, "--dtype", args.dtype]
+
+
+def _resume(args) -> list[str]:
+    return [] if args.resume else ["--no-resume"]
+
+
+def _preset(name: str | None, model: str, section: str) -> list[str]:
+    """The words of a section; embedded models have a preset of their name."""
+    name = name or (model if model in checkpoint.EMBEDDED else None)
+    if name is None or section not in presets.load(name):
+        return []
+    return presets.words(name, section)
+
+
+def run(args) -> list[dict] | None:
+    """Run the chain with the arguments of ``minillm.distill``; finished steps are kept.
+
+    Returns:
+        The results of the teacher and both students, as `harness.report` has them; None with
+        --dry-run.
+
+    Raises:
+        StepFailed: a step ended with another exit code than 0.
+        UserError: the folder holds another chain's results.
+    """
+    chain = steps(args)
+    for step in chain:
+        # Before the first has run for a day, the last is known to be understood.
+        _call(step, lambda step=step: _module(step).parser().parse_args(step.words) and 0)
+        _say(f"{step.name}: {step}")
+    if args.dry_run:
+        return None
+    if args.overwrite and _rank() == 0:
+        for step in chain:
+            _forget(step)
+    for number, step in enumerate(chain, 1):
+        made = None if args.overwrite else _made_by(step)
+        if made == str(step):
+            _say(f"[{number}/{len(chain)}] {step.name}: made before, kept")
+            continue
+        if made:
+            raise UserError(
+                f"{step.result} is there, made by `{made}`; choose another --out, or start afresh "
+                "with --overwrite."
+            )
+        _say(f"[{number}/{len(chain)}] {step.name}")
+        step.result.parent.mkdir(parents=True, exist_ok=True)
+        _call(step, lambda step=step: _module(step).main(step.words))
+    return [report.load(step.result) for step in chain if step.command == "evaluate"]
+
+
+def _made_by(step: Step) -> str | None:
+    """The command that made a step's checkpoint; None where there is none. What an evaluation has
+    measured it knows itself."""
+    recipe = step.result / "recipe.yaml"
+    if not recipe.is_file():
+        return None
+    return yaml.safe_load(recipe.read_text())["steps"][-1]["command"]
+
+
+def _forget(step: Step) -> None:
+    for path in (step.result, step.result.with_name(step.result.name + ".partial")):
+        shutil.rmtree(path, ignore_errors=True)
+    if step.result.is_file():
+        step.result.unlink()
+
+
+def _module(step: Step):
+    return importlib.import_module(f"minillm.{step.command}")
+
+
+def _call(step: Step, body: Callable[[], int]) -> None:
+    heard = _Heard(sys.stderr)
+    with _typed(_module(step), step.words), redirect_stderr(heard):
+        try:
+            code = body()
+        except SystemExit as stop:  # argparse's, at a flag that it does not know
+            code = stop.code
+    if code:
+        raise StepFailed(step.name, code, heard.last.removeprefix("error: "))
+
+
+@contextmanager
+def _typed(module, words: list[str]):
+    """Inside, the step's own command is what model cards show, and what repeats it."""
+    kept, sys.argv = sys.argv, [module.__file__, *words]
+    try:
+        yield
+    finally:
+        sys.argv = kept
+
+
+class _Heard:
+    """stderr, of which the last line is remembered."""
+
+    def __init__(self, stream):
+        self.stream, self.last = stream, ""
+
+    def write(self, text: str) -> int:
+        lines = [line for line in text.splitlines() if line.strip()]
+        self.last = lines[-1].strip() if lines else self.last
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say(text: str) -> None:
+    if _rank() == 0:
+        print(text, file=sys.stderr)
+
+
+class Distiller:
+    """``Distiller(teacher, student, data="dolly", ...).distill()``: the command from Python.
+
+    Settings are the flags' names with underscores; flags of single steps as one text, as there.
+    """
+
+    def __init__(self, teacher: str, student: str, **settings):
+        from minillm import distill
+
+        words = [teacher, student]
+        for name, value in {"data": "dolly", **settings}.items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                words += [flag] if value else [f"--no-{flag[2:]}"] if name == "resume" else []
+            elif value is not None:
+                words.append(f"{flag}={value}")
+        known = {action.dest for action in distill.parser()._actions}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise UserError(f"{', '.join(unknown)}: no flag of python -m minillm.distill.")
+        self.args = distill.parser().parse_args(words)
+
+    def distill(self) -> list[dict]:
+        """Run the chain, as :func:`run`; the distilled model is in the folder OUT/minillm."""
+        return run(self.args)
