@@ -10,24 +10,24 @@ set -euo pipefail
 model=${1:-tiny-llama}
 out=${OUT:-out/llm_compression/$(basename "$model")}
 if [ "${model#tiny-llama}" != "$model" ]; then
-    # NF4 on a CPU wants inputs that are multiples of 64 wide.
-    here=(stdlib stdlib stdlib 64 1 "--limit 60")
+    # NF4 on a CPU wants inputs that are multiples of 64 wide; there are 256 hidden channels in all.
+    here=(stdlib stdlib stdlib 64 16 1 "--limit 60")
 else
-    here=("wikitext2 ptb c4" c4 alpaca 8 0 "")
+    here=("wikitext2 ptb c4" c4 alpaca 8 8 0 "")
 fi
 texts=${TEXTS:-${here[0]}}        # perplexity texts
 data=${DATA:-${here[1]}}          # calibration text
 recover=${RECOVER:-${here[2]}}    # text or instructions to recover on
-multiple=${MULTIPLE:-${here[3]}}  # sizes of pruned layers are multiples of this
-minutes=${MINUTES:-${here[4]}}    # of recovery per model; 0: as many epochs as LLM-Pruner takes
+minutes=${MINUTES:-${here[5]}}    # of recovery per model; 0: as many epochs as LLM-Pruner takes
 recover_flags=${RECOVER_FLAGS:-}
-eval_flags=${EVAL_FLAGS:-${here[5]}}
+eval_flags=${EVAL_FLAGS:-${here[6]}}
 nsamples=${NSAMPLES:-64}          # calibration windows of SparseGPT
 ratios=${RATIOS:-10 20 30 40 50 60 70 80 90}
 block=${BLOCK:-25 40 50 60}
 channel=${CHANNEL:-20 30 40 50}
 twice=${TWICE:-30-50 50-70}       # first ratio, second ratio
-healed=${HEALED:-block-25 block-50 channel-20}
+healed=${HEALED:-block-25 block-50 channel-20} # what is recovered; the last also with a teacher
+nf4=${NF4:-block-25-recovered block-50-recovered sparsegpt-50}
 mkdir -p "$out"
 
 # make NAME COMMAND...: unless it is there already. Several texts and flags are split at spaces.
@@ -46,11 +46,11 @@ measure() { # measure MODEL NAME [FLAG...]
 # Structured: whole heads and channels go; the model is smaller and faster on any engine.
 for r in $block; do
     make "block-$r" python -m sparse.llm_pruner "$model" "$data" --pruning_ratio ".$r" \
-        --block_wise --taylor param_first --multiple "$multiple"
+        --block_wise --taylor param_first --multiple "${here[3]}"
 done
 for r in $channel; do
     make "channel-$r" python -m sparse.llm_pruner "$model" "$data" --pruning_ratio ".$r" \
-        --channel_wise --taylor param_first --multiple "$multiple"
+        --channel_wise --taylor param_first --multiple "${here[4]}"
 done
 
 # Unstructured: single weights become zero; fewer bytes with --format bitmask, no time saved.
@@ -88,8 +88,7 @@ for name in $healed; do measure "$out/$name-recovered" "$name-recovered"; done
 measure "$out/$last-distilled" "$last-distilled"
 # And quantized after pruning.
 measure "$model" dense-nf4 --load nf4-dq
-for name in $healed; do measure "$out/$name-recovered" "$name-recovered-nf4" --load nf4-dq; done
-case " $ratios " in *" 50 "*) measure "$out/sparsegpt-50" sparsegpt-50-nf4 --load nf4-dq ;; esac
+for name in $nf4; do measure "$out/$name" "$name-nf4" --load nf4-dq; done
 
 echo
 harness compare "${results[@]}" --plot "$out/frontier.png" --curve "$out/ratio.png" \
