@@ -76,7 +76,8 @@ def test_llm_compression(tmp_path, run_recipe):
     """One point of each kind, a recovery of seconds; its table, plots and demo."""
     settings = {
         "OUT": str(tmp_path), "RATIOS": "50", "BLOCK": "50", "CHANNEL": "25", "TWICE": "50-70",
-        "HEALED": "block-50", "NF4": "block-50-recovered sparsegpt-50", "MINUTES": "0.2", "NSAMPLES": "8", "EVAL_FLAGS": "--limit 8",
+        "HEALED": "block-50", "NF4": "block-50-recovered sparsegpt-50", "MINUTES": "0.2",
+        "NSAMPLES": "8", "EVAL_FLAGS": "--limit 8",
     }  # fmt: skip
     shown = run_recipe("llm_compression.sh", "tiny-llama", **settings)
     head, _, *lines = [
