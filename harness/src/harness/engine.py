@@ -261,10 +261,12 @@ def seed(training: Training, step: int) -> None:
 
 
 def save_state(engine, folder: Path, state: dict) -> None:
-    """Weights, optimizer and schedule under ``folder``, beside a JSON ``state``; whole or not at
-    all: the file LATEST names the newest whole one, older ones are removed."""
+    """Trained weights, optimizer and schedule under ``folder``, beside a JSON ``state``; whole or
+    not at all: state.json names the newest whole one, older ones are removed."""
     name = f"step-{engine.global_steps}"
-    engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+    engine.save_checkpoint(
+        str(folder), tag=name, save_latest=False, exclude_frozen_parameters=_some_frozen(engine)
+    )
 
     def publish():
         writer.write_text(folder / "state.json", json.dumps({"tag": name, **state}, indent=1))
@@ -281,10 +283,17 @@ def load_state(engine, folder: Path) -> dict | None:
     if not path.is_file():
         return None
     state = json.loads(path.read_text())
-    loaded, _ = engine.load_checkpoint(str(folder), tag=state["tag"])
+    loaded, _ = engine.load_checkpoint(
+        str(folder), tag=state["tag"], load_module_strict=not _some_frozen(engine)
+    )
     if loaded is None:
         raise UserError(f"{folder} holds no state that can be read; start again with --no-resume.")
     return state
+
+
+def _some_frozen(engine) -> bool:
+    """Frozen weights are the source's: a state needs no copy of them."""
+    return not all(p.requires_grad for p in engine.module.parameters())
 
 
 def weights(engine) -> dict[str, torch.Tensor] | None:
