@@ -138,11 +138,11 @@ def test_embedded_models_come_with_settings_for_a_small_machine(capsys):
     words = ["tiny-llama", "tiny-llama-student", "--data", "stdlib-doc", "--lm-data", "stdlib"]
     assert main([*words, "--dry-run", "--sft", "--total-iters 7"]) == 0
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 5 and "--total-iters 200" in lines[0] and lines[0].endswith(
+    assert len(lines) == 5 and "--total-iters 400" in lines[0] and lines[0].endswith(
         "--total-iters 7 --out tiny-llama-student-distilled/sft"
     )  # fmt: skip
     assert "--num-rollouts 64" in lines[1] and "--lm-data stdlib" in lines[1]
-    assert all("--dev-num 50" in line for line in lines[1:])
+    assert all("--dev-num 200" in line for line in lines[2:])
     published = ["gpt2-xl", "gpt2", "--data", "dolly", "--preset", "gpt2-base", "--dry-run"]
     assert main(published) == 0
     assert "--batch-size 2 --max-length 512" in capsys.readouterr().err

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import families
 import pytest
+import runs
 import torch
 from minillm import data
 from minillm.generate import main
@@ -42,6 +44,7 @@ def place(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "valid.jsonl").write_text(json.dumps(rows[0]))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "arrow"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -145,6 +148,17 @@ def test_a_killed_run_ends_with_the_same_bytes(place, capsys):
     assert "again.jsonl exists" in capsys.readouterr().err
     assert main([*words, "--out", "other.jsonl", "--seed", "1"]) == 0
     assert (place / "other.jsonl").read_bytes() != (place / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_say_what_one_says(place):
+    """Nor are a teacher's cache and an evaluation others than those of one rank."""
+    driver = Path(__file__).with_name("answers_driver.py")
+    (place / "runs").mkdir()
+    words = driver, place / "teacher", place / "asked"
+    made = runs.two_ranks_equal_one(place / "runs", *words)
+    assert made == {"said.jsonl", "cache", "results.json"}
+    assert len(list((place / "runs/two/cache").glob("shard-*"))) > 2
 
 
 def test_seqkd_trains_on_what_the_teacher_wrote(place):
