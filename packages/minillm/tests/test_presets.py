@@ -69,6 +69,7 @@ def test_the_published_settings(name):
         assert (args.lr, args.epochs, args.total_iters, args.warmup_iters) == (5e-6, 10, 5000, 100)
         assert (args.num_rollouts, args.ppo_epochs, args.cliprange) == (256, 4, 0.2)
         assert (args.teacher_mixed_alpha, args.gamma, args.reward_scaling) == (0.2, 0.95, 0.5)
+        assert args.select == "rouge"
         assert args.length_norm and args.single_step_reg and args.lm_coef == 1
         assert (args.lr_decay_style, args.weight_decay) == ("constant", 1e-6)
     if name == "llama-7b-lora":
