@@ -11,8 +11,6 @@ from minillm import finetune, train_minillm
 from minillm.chain import StepFailed
 from minillm.distill import main
 
-from harness import distributed, engine
-
 SHORT = "--max-length 32 --max-prompt-length 16 --total-iters 2 --batch-size 4 --lr 1e-3"
 WORDS = [
     "teacher", "student", "--data", "pairs", "--out", "out", "--enable-sft-teacher",
@@ -36,8 +34,6 @@ def place(tmp_path, monkeypatch):
     for name, some in (("train", rows), ("valid", rows[:2]), ("test", rows[2:6])):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "arrow"))
-    # More than one chain in a process: DeepSpeed keeps hold of the process group.
-    monkeypatch.setattr(distributed, "group", engine.group)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from harness import cli
-from minillm import flags
+from minillm import flags, presets
 
 EXAMPLES = """\
 examples:
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="STUDENT", help="folder, hub id or embedded name")
     p.add_argument("--teacher", required=True, metavar="MODEL", help="folder, hub id or embedded")
+    presets.add(p)
     flags.add_data(p)
     _add_policy(p)
     _add_language_model(p)
@@ -155,18 +156,18 @@ def _add_schedule(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = presets.parse(parser(), argv, "minillm")
     return cli.run(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed
+    from harness import distributed, engine
     from minillm.distilling import train
 
     args.out = args.out or f"{Path(args.model).name}-minillm"
-    with distributed.group():
+    with engine.group():
         result = train(args)
         lead = distributed.rank() == 0
     if lead and result:
