@@ -96,5 +96,6 @@ harness compare "${results[@]}" --plot "$out/frontier.png" --curve "$out/ratio.p
 echo "table: $out/table.md"
 
 # The demo: dense and pruned models, side by side.
-harness generate "$model" "$out/sparsegpt-${ratios%% *}" "$out/$last" "$out/$last-recovered" \
-    --max_new_tokens 48
+some=($ratios)
+harness generate "$model" "$out/sparsegpt-${some[${#some[@]} / 2]}" "$out/$last" \
+    "$out/$last-recovered" --max_new_tokens 48
