@@ -7,6 +7,11 @@ import pytest
 
 pytestmark = pytest.mark.slow
 TEXT = families.TEXT * 60
+DISTIL_FLAGS = (
+    "--all '--max-length 32 --max-prompt-length 16 --total-iters 2 --batch-size 4' "
+    "--minillm '--num-rollouts 8 --gradient-accumulation-steps 1' "
+    "--evaluate '--max-length 32 --max-prompt-length 16 --seeds 10'"
+)
 
 
 @pytest.fixture
@@ -22,12 +27,16 @@ def inputs(tmp_path):
         for subject in ("anatomy", "virology"):
             rows = "x + y?,left,right,None,number,B\n" * questions
             (tmp_path / "mmlu" / folder / f"{subject}_{folder}.csv").write_text(rows)
+    (tmp_path / "pairs").mkdir()
+    for split, count in (("train", 12), ("valid", 2), ("test", 2)):
+        rows = [{"prompt": TEXT[i : i + 5], "response": TEXT[i : 2 * i + 4]} for i in range(count)]
+        (tmp_path / "pairs" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
 
 def test_la_framework_table(inputs, run_recipe):
     shown = run_recipe(
-        "la_framework_quant.sh",
+        "la_framework.sh",
         inputs / "opt",
         inputs / "gpt2",
         OUT=str(inputs / "out"),
@@ -35,11 +44,15 @@ def test_la_framework_table(inputs, run_recipe):
         TEXTS=str(inputs / "texts"),
         MMLU=str(inputs / "mmlu"),
         GPTQ_FLAGS="--nsamples 8 --seqlen 32 --device cpu",
+        DISTIL=f"{inputs / 'opt'} {inputs / 'opt'}",
+        INSTRUCTIONS=str(inputs / "pairs"),
+        PLAIN=str(inputs / "texts"),
+        DISTIL_FLAGS=DISTIL_FLAGS,
         EVAL_FLAGS="--limit 6 --device cpu",
     )
     measured = shown.partition("Measured here:")[2].partition("Published")[0]
     rows = {line.split("|")[1].strip(): line for line in measured.splitlines() if "|" in line}
-    assert {"opt", "opt-w4", "gpt2", "gpt2-w4"} <= rows.keys()
+    assert {"opt", "opt-w4", "gpt2", "gpt2-w4", "minillm"} <= rows.keys()
     assert "PPL texts" in rows["model"] and "MMLU" in rows["model"]
     assert all(" - " not in line for line in rows.values()), "a number is missing"
     for family in ("opt", "gpt2"):
@@ -50,7 +63,7 @@ def test_la_framework_table(inputs, run_recipe):
         assert 4 < details["bits_per_weight"] < 8  # 4 and one scale and zero per short row
         recipe = results["recipe"][0]
         assert recipe["settings"]["wbits"] == 4 and recipe["calibration"]["nsamples"] == 8
-    assert "| opt-125m-w4 | 27.346 |" in shown
+    assert "| opt-350m-to-opt-125m | 25.556 |" in shown
 
 
 def test_quickstart(tmp_path, run_recipe):
