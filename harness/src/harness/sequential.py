@@ -137,11 +137,14 @@ def _finish(decoder, method, shards, step, rows, conv1d, quantization) -> None:
     writer.copy_side_files(source, shards.partial)
     outer = decoder.outer_tensors()
     written = sum(writer.tensor_bytes(shards.shard(1 + i)) for i in range(len(decoder)))
-    bits = 8 * sum(row["bytes"] for row in rows) / max(sum(row["weights"] for row in rows), 1)
+    weights = max(sum(row["weights"] for row in rows), 1)
+    counted = ", scales and zero points counted" if method.grid else ""
     sizes = {
-        "bits per weight of these linears, scales and zeros counted": bits,
+        f"bits per weight of these linears{counted}": 8 * sum(r["bytes"] for r in rows) / weights,
         "MB on disk": (written + sum(t.nbytes for t in outer.values())) / 1e6,
     }
+    if any("zeros" in row for row in rows):
+        sizes["% of these linears that are zero"] = 100 * sum(r["zeros"] for r in rows) / weights
     engines = card.readers(method.layout, method.grid, decoder.config)
     texts = {
         "recipe.yaml": card.recipe(source, step),
