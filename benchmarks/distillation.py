@@ -23,8 +23,8 @@ student's samples, per token; and Rouge-L of --samples samples, temperature 1, a
 response, to --references samples of the teacher, the best of them.
 
 The rates were chosen on another student (seed 1) with --train 8192, out of 0.001, 0.003, 0.01 and
-0.03 for each method, by its forward KL, for MiniLLM by its reverse KL; and for SFT again with 1024,
-where no rate that was tried got it below its start.
+0.03 for each method (the start: the last three), by forward KL, MiniLLM by reverse KL; and for SFT
+again with 1024, where no rate that was tried got it below its start.
 """
 
 import argparse

@@ -9,6 +9,7 @@ Legend: B examples in a micro-batch, T tokens of the longest of them.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -252,7 +253,7 @@ def _cached(rows, key: Iterable) -> Examples:
             return
         folder.mkdir(parents=True, exist_ok=True)
         counts = Counts()
-        beside = path.with_suffix(".tmp")
+        beside = path.with_suffix(f".{os.getpid()}.tmp")  # other runs may be making the same file
         with ArrowWriter(path=str(beside), features=Features(columns)) as writer:
             for ids, first, source in rows(counts):
                 row = {"ids": ids, "first": first, "length": len(ids), "source": source}
@@ -261,8 +262,9 @@ def _cached(rows, key: Iterable) -> Examples:
                 counts.tokens += len(ids)
                 counts.largest = max(counts.largest, *ids)
             writer.finalize()
-        note.write_text(json.dumps(asdict(counts)))
         beside.replace(path)
+        beside.write_text(json.dumps(asdict(counts)))
+        beside.replace(note)
 
     distributed.lead(write)
     return Examples(path, Counts(**json.loads(note.read_text())))
