@@ -260,6 +260,10 @@ def refused(place, tmp_path, capsys, *words):
         (["--type", "kd"], "--type kd needs a teacher"),
         (["--teacher", "tiny-llama"], "--type sft has no teacher"),
         (["--type", "seqkd", "--teacher", "tiny-llama", "--packing"], "--packing is for"),
+        (
+            ["--type", "kd", "--teacher", "tiny-llama", "--align", "uld", "--loss", "jsd"],
+            "leave --loss jsd out",
+        ),
         (["--type", "seqkd", "--data", "dolly"], "python -m minillm.generate"),
         (["--select", "rouge"], "add --eval-gen"),
         (["--kd-ratio", "1.5"], "--kd-ratio 1.5: expected 0 to 1"),

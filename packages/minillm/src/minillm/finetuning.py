@@ -156,6 +156,8 @@ def _check(args) -> None:
         raise UserError("--teacher and --teacher-cache: give one of the two.")
     if args.align and not args.teacher:
         raise UserError(f"--align {args.align} needs the teacher in memory; give --teacher MODEL.")
+    if args.align and args.loss != "forward_kl":
+        raise UserError(f"--align {args.align} is a loss of its own; leave --loss {args.loss} out.")
     if args.packing and taught:
         raise UserError("--packing is for training without a teacher; leave it out.")
     if args.eval_batch_size is not None and args.eval_batch_size < 1:
