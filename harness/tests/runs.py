@@ -1,4 +1,5 @@
-"""Whole runs in processes of their own, one thread each: killed ones, and runs on two ranks."""
+"""Whole runs: refused ones, and in processes of their own, one thread each, killed ones and runs on
+two ranks."""
 
 import hashlib
 import os
@@ -52,3 +53,16 @@ def two_ranks_equal_one(folder: Path, *words) -> set[str]:
         made[name] = contents(folder / name)
     assert made["one"] == made["two"]
     return {Path(path).parts[0] for path in made["one"]}
+
+
+def refused(capsys, main, *words, code: int = 2) -> str:
+    """``main(words)`` with --out out ends with ``code`` and says nothing but one error line: this
+    line."""
+    capsys.readouterr()
+    assert main([*words, "--out", "out"]) == code
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert sum(line.startswith("error:") for line in lines) == 1
+    assert "Traceback" not in captured.err and captured.out == ""
+    return lines[-1]

@@ -128,6 +128,27 @@ def measure(
     )
 
 
+def start_vllm(folder: Path, **settings):
+    """vLLM's `LLM` over the checkpoint in `folder`, with its settings.
+
+    Raises UserError when vLLM is not installed or cannot load the checkpoint.
+    """
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if settings.get("tensor_parallel_size", 1) < 2:
+        # In this process: the start is quicker, and no second one outlives an interruption.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        from vllm import LLM
+    except ImportError:
+        raise UserError(f"--engine vllm needs vLLM: {VLLM_INSTALL}") from None
+    try:
+        return LLM(model=str(folder), **settings)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        lines = str(error).strip().splitlines()
+        raise UserError(f"vLLM cannot load {folder}: {lines[-1] if lines else error!r}") from error
+
+
 def measure_vllm(
     folder: Path,
     *,
@@ -143,29 +164,18 @@ def measure_vllm(
     The time to the first token stands for the prefill as well. Raises UserError when vLLM is not
     installed or cannot load the checkpoint.
     """
-    # In this process: the start is quicker, and no second one outlives an interruption.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError:
-        raise UserError(f"--engine vllm needs vLLM: {VLLM_INSTALL}") from None
+    engine = start_vllm(
+        folder,
+        dtype=dtype,
+        max_model_len=prompt + new,
+        max_num_seqs=batch_size,
+        enable_prefix_caching=False,
+        seed=seed,
+    )
     import torch
+    from vllm import SamplingParams
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        engine = LLM(
-            model=str(folder),
-            dtype=dtype,
-            max_model_len=prompt + new,
-            max_num_seqs=batch_size,
-            enable_prefix_caching=False,
-            seed=seed,
-        )
-    except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        lines = str(error).strip().splitlines()
-        raise UserError(f"vLLM cannot load {folder}: {lines[-1] if lines else error!r}") from error
     vocabulary = engine.get_tokenizer().vocab_size
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator).tolist()

@@ -8,6 +8,7 @@ import subprocess
 
 import families
 import pytest
+import runs
 import torch
 from gptq.cli import main
 from safetensors.torch import load_file, save_file
@@ -40,15 +41,7 @@ def place(good, tmp_path, monkeypatch):
 
 
 def refused(capsys, *words, code=2) -> str:
-    """Run the command; its one error line."""
-    capsys.readouterr()
-    assert main([*words, "--out", "out"]) == code
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert lines[-1].startswith("error: ")
-    assert sum(line.startswith("error:") for line in lines) == 1
-    assert "Traceback" not in captured.err and captured.out == ""
-    return lines[-1]
+    return runs.refused(capsys, main, *words, code=code)
 
 
 def nothing_made(place):

@@ -5,6 +5,7 @@ import shutil
 
 import families
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file, save_file
 from sparse.llm_pruner import main
@@ -30,15 +31,7 @@ def place(good, tmp_path, monkeypatch):
 
 
 def refused(capsys, *words) -> str:
-    """Run the command; its one error line."""
-    capsys.readouterr()
-    assert main([*words, "--out", "out"]) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert lines[-1].startswith("error: ")
-    assert sum(line.startswith("error:") for line in lines) == 1
-    assert "Traceback" not in captured.err and captured.out == ""
-    return lines[-1]
+    return runs.refused(capsys, main, *words)
 
 
 ATTENTION, MLP = "--block_attention_layer_", "--block_mlp_layer_"

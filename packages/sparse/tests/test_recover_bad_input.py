@@ -8,6 +8,7 @@ import time
 
 import families
 import pytest
+import runs
 import torch
 from harness.grid import Grid, nearest
 from safetensors.torch import load_file, save_file
@@ -40,15 +41,7 @@ def place(good, tmp_path, monkeypatch):
 
 
 def refused(capsys, *words) -> str:
-    """Run the command; its one error line."""
-    capsys.readouterr()
-    assert main([*words, "--out", "out"]) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert lines[-1].startswith("error: ")
-    assert sum(line.startswith("error:") for line in lines) == 1
-    assert "Traceback" not in captured.err and captured.out == ""
-    return lines[-1]
+    return runs.refused(capsys, main, *words)
 
 
 GOOD = ["model", "--dataset", "text.txt", *QUICK]

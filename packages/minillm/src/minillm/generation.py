@@ -7,7 +7,6 @@ that goes on from a kill, with the same batches, says the same.
 Legend: B prompts of a batch, L tokens so far, padded on the left, V vocabulary.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from harness.errors import UserError
 from harness.progress import track
-from harness.speed import VLLM_INSTALL
+from harness.speed import start_vllm
 from torch import Tensor
 
 from harness import checkpoint, distributed
@@ -183,16 +182,6 @@ def vllm_engine(folder, tokenizer, sampling: Sampling, longest: int, dtype: str)
         )
     if distributed.world_size() > 1:
         raise UserError("vLLM shares a model among GPUs by itself; start it without a launcher.")
-    # In this process: the start is quicker, and no second one outlives an interruption.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    gpus = torch.cuda.device_count()
-    if gpus < 2:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError:
-        raise UserError(f"--engine vllm needs vLLM: {VLLM_INSTALL}") from None
     from transformers import GenerationConfig
 
     try:
@@ -200,14 +189,11 @@ def vllm_engine(folder, tokenizer, sampling: Sampling, longest: int, dtype: str)
     except OSError:
         own = GenerationConfig()
     ends = end_ids(tokenizer, own)
-    try:
-        model = LLM(
-            model=str(folder), dtype=dtype, max_model_len=longest, seed=0,
-            tensor_parallel_size=max(1, gpus), generation_config="vllm",
-        )  # fmt: skip
-    except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        lines = str(error).strip().splitlines()
-        raise UserError(f"vLLM cannot load {folder}: {lines[-1] if lines else error!r}") from error
+    model = start_vllm(
+        folder, dtype=dtype, max_model_len=longest, seed=0,
+        tensor_parallel_size=max(1, torch.cuda.device_count()), generation_config="vllm",
+    )  # fmt: skip
+    from vllm import SamplingParams
 
     def ask(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         wanted = [

@@ -8,7 +8,7 @@ predicted. Distillation: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
 from collections.abc import Callable
 
 import torch
-from harness.divergence import CHUNK_ELEMENTS, jsd_rows, kl_rows, mean_over_rows, reverse_kl_rows
+from harness.divergence import CHUNK_ELEMENTS, jsd_rows, kl_rows, reverse_kl_rows, sum_over_rows
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -42,8 +42,7 @@ def distillation(teacher, kind: str, weight: float, dtype: torch.dtype) -> Calla
         with torch.no_grad(), autocast(logits.device, dtype):
             expected = teacher(input_ids=ids, use_cache=False).logits
         mask = targets != IGNORED
-        mean = mean_over_rows(DIVERGENCES[kind], expected, logits, mask)
-        total = weight * mean * mask.sum()
+        total = weight * sum_over_rows(DIVERGENCES[kind], expected, logits, mask)
         if weight < 1:
             total = total + (1 - weight) * cross_entropy(logits, ids, targets)
         return total
