@@ -10,6 +10,7 @@ from harness.grid import (
     find_scale_zero,
     nearest,
     round_to_codes,
+    snap,
     weight_scales,
 )
 from hypothesis import given, settings
@@ -132,6 +133,24 @@ def test_dequantized_values_are_what_16_bit_arithmetic_gives(dtype, symmetric):
     steps = quantized.codes.to(dtype) - quantized.zero.to(dtype).repeat_interleave(8, 1)
     expected = steps * quantized.scale.repeat_interleave(8, 1)
     assert torch.equal(quantized.dequantize(dtype), expected)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    rows=matrices,
+    shares=st.tuples(st.integers(10, 20), st.integers(10, 20)),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(list(FLOATS.values())),
+)
+def test_snap_is_nearest_of_the_clamped_values(rows, shares, bits, symmetric, dtype):
+    weight = torch.tensor(rows)
+    low = (weight.amin(1).clamp(max=0) * shares[0] / 20).to(dtype).float()
+    high = (weight.amax(1).clamp(min=0) * shares[1] / 20).to(dtype).float()
+    grid = Grid(bits, symmetric=symmetric)
+    found = snap(weight, low, high, grid, dtype)
+    clamped = weight.clamp(low[:, None], high[:, None])
+    assert torch.equal(found, nearest(clamped, grid, dtype).dequantize(torch.float32))
 
 
 def test_a_row_of_tiny_or_huge_values_stays_finite():

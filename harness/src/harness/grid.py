@@ -89,22 +89,15 @@ def find_scale_zero(
 
     The min-max range always holds zero; an all-zero row gets the range [-1, 1].
     """
-    low = values.amin(dim=1).clamp(max=0)
-    high = values.amax(dim=1).clamp(min=0)
-    if grid.symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    empty = (low == 0) & (high == 0)
-    low = torch.where(empty, -1.0, low)
-    high = torch.where(empty, 1.0, high)
-    scale, zero = _from_range(low, high, grid, scale_dtype)
+    low, high = _holding_zero(values.amin(dim=1), values.amax(dim=1), grid)
+    scale, zero = range_scale_zero(low, high, grid, scale_dtype)
     if not grid.mse:
         return scale, zero
 
     best = torch.full_like(low, torch.inf)
     for step in range(int(MSE_SHRINK * MSE_STEPS)):
         share = 1 - step / MSE_STEPS
-        try_scale, try_zero = _from_range(share * low, share * high, grid, scale_dtype)
+        try_scale, try_zero = range_scale_zero(share * low, share * high, grid, scale_dtype)
         codes = round_to_codes(values, try_scale[:, None], try_zero[:, None], grid.max_code)
         error = values - (codes - try_zero[:, None]) * try_scale[:, None]
         error = error.abs_().pow_(MSE_NORM).sum(dim=1)
@@ -115,7 +108,23 @@ def find_scale_zero(
     return scale, zero
 
 
-def _from_range(low, high, grid: Grid, scale_dtype):
+def _holding_zero(low, high, grid: Grid):
+    """The range that a grid spans for values with these extremes."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if grid.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    empty = (low == 0) & (high == 0)
+    return torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+
+
+def range_scale_zero(
+    low: torch.Tensor, high: torch.Tensor, grid: Grid, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point, float32, of ranges low <= 0 <= high, float32, all of one shape.
+
+    A symmetric grid takes ``high = -low``. The scale is representable in ``scale_dtype``.
+    """
     smallest = torch.finfo(scale_dtype).tiny
     scale = ((high - low) / grid.max_code).clamp(smallest, torch.finfo(scale_dtype).max)
     scale = scale.to(scale_dtype).float()
@@ -147,6 +156,30 @@ def nearest(weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype) -> Quant
     grouped = weight.unflatten(1, (scale.shape[1], -1))
     codes = round_to_codes(grouped, scale[..., None], zero[..., None], grid.max_code).flatten(1)
     return QuantizedWeight(codes.to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8), grid)
+
+
+def snap(
+    values: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    grid: Grid,
+    scale_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Values clamped to a range, then moved to the nearest point of the grid that it spans.
+
+    What :func:`nearest` makes of the clamped values where both ends are among them; a range
+    without zero is widened to it, ``grid.mse`` is not heeded.
+
+    Args:
+        values: [N, g] float32, one group per row. low, high: [N] float32, low <= high.
+
+    Returns:
+        [N, g] float32: scale * (code - zero).
+    """
+    scale, zero = range_scale_zero(*_holding_zero(low, high, grid), grid, scale_dtype)
+    scale, zero = scale[:, None], zero[:, None]
+    clamped = values.clamp(low[:, None], high[:, None])
+    return round_to_codes(clamped, scale, zero, grid.max_code).sub_(zero).mul_(scale)
 
 
 def check_group_size(columns: dict[str, int], grid: Grid) -> None:
