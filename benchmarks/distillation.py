@@ -140,8 +140,8 @@ class Judge:
     def __call__(self, student, seed: int) -> dict[str, float]:
         import torch
         from harness.divergence import kl_rows, reverse_kl_rows
+        from harness.responses import Sampling, transformers_engine
         from harness.rouge import rouge_l
-        from minillm.generation import Sampling, transformers_engine
 
         args, asked = self.args, self.asked
         made = respond(args, student, asked.repeat(args.samples, 1), seed)

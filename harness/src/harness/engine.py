@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness import distributed, writer
+from harness import checkpoint, distributed, writer
 from harness.errors import UserError
 
 SCHEDULES = ("cosine", "constant")
@@ -156,6 +156,14 @@ def group():
 def _destroy_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def compute_dtype(dtype: str, folder: Path) -> str:
+    """The name of the dtype to train in: auto is float32 where the checkpoint is stored so, else
+    bfloat16. float16 has to be asked for, and needs a GPU."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if checkpoint.Weights(folder).dtype == torch.float32 else "bfloat16"
 
 
 def start(model: torch.nn.Module, training: Training):

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import torch
-from minillm import cache, cache_teacher, evaluate, generate
+from minillm import cache_teacher, evaluate, generate
 
-from harness import distributed
+from harness import distributed, teacher_cache
 
 
 def main(model, folder):
     torch.set_num_threads(1)
-    cache.SHARD_BYTES = 600
+    teacher_cache.SHARD_BYTES = 600
     words = [model, "--data", folder, "--max-length", "32", "--max-prompt-length", "16"]
     words += ["--batch-size", "3"]
     code = (

@@ -9,11 +9,13 @@ import families
 import pytest
 import torch
 import yaml
-from minillm import cache_teacher, data, packing, validation
+from minillm import cache_teacher, packing
 from minillm.finetune import main
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harness import example_sets, validation
 
 QUICK = ["--max-length", "32", "--max-prompt-length", "24", "--lr", "0.003", "--dev-num", "8"]
 QUICK += ["--weight-decay", "0.1"]
@@ -71,7 +73,7 @@ def distance(start, one, two):
 def examples(place, split, folder):
     """Ids and first predicted position of the set's examples, through transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for pair in data.pairs(str(place / "set.jsonl"), split):
+    for pair in example_sets.pairs(str(place / "set.jsonl"), split):
         prompt = tokenizer(pair["prompt"])["input_ids"]
         ids = [*prompt, *tokenizer(pair["response"])["input_ids"], tokenizer.eos_token_id][:32]
         yield torch.tensor([ids]), len(prompt)
@@ -89,7 +91,7 @@ def plain_loop(place, family, teacher=None):
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.003)
-    order = data.order(len(rows), 0, 0)
+    order = example_sets.order(len(rows), 0, 0)
     for step in range(STEPS):
         chosen = [rows[i] for i in order[8 * step : 8 * (step + 1)]]
         count = sum(ids.shape[1] - first for ids, first in chosen)
@@ -171,14 +173,14 @@ def test_packed_examples_are_read_as_if_alone(family):
         rows.append((ids, draw.randrange(1, length)))
     packs = packing.pack([len(ids) for ids, _ in rows], 20, seed=0)
     packed = packing.collate([[rows[i] for i in pack] for pack in packs], 0)
-    alone = data.collate(rows, 0)
+    alone = example_sets.collate(rows, 0)
     assert packed["tokens"] == alone["tokens"] and packed["read"] == alone["read"] == 44
     assert packed["input_ids"].numel() < alone["input_ids"].numel()
     losses = []
     for batch in (packed, alone):
         logits = model(**validation.inputs_of(batch, "cpu")).logits
         every = F.cross_entropy(logits.mT, batch["labels"], reduction="none")
-        losses.append(sorted(every[batch["labels"] != data.IGNORED].tolist()))
+        losses.append(sorted(every[batch["labels"] != example_sets.IGNORED].tolist()))
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
@@ -193,8 +195,8 @@ def test_packing_says_where_examples_see_each_other(place, tmp_path, family, cap
 def test_packing_trains_as_well(place, tmp_path, capsys):
     """All examples in one batch: what is packed is what is not."""
     tokenizer = AutoTokenizer.from_pretrained(place / "llama")
-    pairs = data.pairs(str(place / "set.jsonl"), "train")
-    found = data.examples(tokenizer, pairs, max_length=32, max_prompt_length=24, name="set")
+    pairs = example_sets.pairs(str(place / "set.jsonl"), "train")
+    found = example_sets.examples(tokenizer, pairs, max_length=32, max_prompt_length=24, name="set")
     packs = len(packing.pack(found.lengths, 32, 0))
     alone = run(place, tmp_path / "alone", "--batch-size", len(found), steps=2)
     packed = run(place, tmp_path / "packed", "--packing", "--batch-size", packs, steps=2)

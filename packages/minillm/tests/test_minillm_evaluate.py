@@ -6,11 +6,11 @@ import statistics
 import families
 import pytest
 import torch
-from minillm import eval_sets, generation
+from minillm import eval_sets
 from minillm.evaluate import main, parser
 from rouge_score.rouge_scorer import RougeScorer
 
-from harness import checkpoint
+from harness import checkpoint, responses
 
 FLAGS = ["--max-length", "40", "--max-prompt-length", "20", "--batch-size", "4"]
 
@@ -73,7 +73,7 @@ def test_seeds_have_a_mean_a_deviation_and_are_measured_once(place, capsys, monk
     two = measured()["details"]["seeds"]
     capsys.readouterr()
     # Killed in the fourth: what was known stays.
-    real, calls = generation.transformers_engine, []
+    real, calls = responses.transformers_engine, []
 
     def stopping(*args):
         ask = real(*args)
@@ -86,10 +86,10 @@ def test_seeds_have_a_mean_a_deviation_and_are_measured_once(place, capsys, monk
 
         return at_most
 
-    monkeypatch.setattr(generation, "transformers_engine", stopping)
+    monkeypatch.setattr(responses, "transformers_engine", stopping)
     assert main(words) == 130
     assert [len(calls), len(measured()["details"]["seeds"])] == [4, 3]
-    monkeypatch.setattr(generation, "transformers_engine", real)
+    monkeypatch.setattr(responses, "transformers_engine", real)
     assert main(words) == 0
     shown = capsys.readouterr()
     assert shown.err.count("measured before, kept") == 5
@@ -102,7 +102,7 @@ def test_seeds_have_a_mean_a_deviation_and_are_measured_once(place, capsys, monk
     assert found["rows"][0]["samples"] == "6 prompts x 5 seeds"
     assert f"{statistics.fmean(values):.2f}" in shown.out
     # Nothing is left to do, and nothing is loaded.
-    monkeypatch.setattr(generation, "open_engine", None)
+    monkeypatch.setattr(responses, "open_engine", None)
     assert main(words) == 0
     assert measured()["details"] == found["details"]
 

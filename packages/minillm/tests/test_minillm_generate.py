@@ -10,9 +10,7 @@ import families
 import pytest
 import runs
 import torch
-from minillm import data
-from minillm.generate import main
-from minillm.generation import (
+from harness.responses import (
     SEEDS,
     Sampling,
     _Draw,
@@ -22,6 +20,7 @@ from minillm.generation import (
     transformers_engine,
     without_repeats,
 )
+from minillm.generate import main
 from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -30,7 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from harness import checkpoint
+from harness import checkpoint, example_sets
 
 FLAGS = ["--max-length", "24", "--max-prompt-length", "12", "--batch-size", "3"]
 
@@ -114,8 +113,9 @@ def test_the_longest_come_first():
 
 KILLED = """
 import os, signal, sys
-from minillm import generation, generate
-real = generation.transformers_engine
+from minillm import generate
+from harness import responses
+real = responses.transformers_engine
 def dying(*args):
     ask, calls = real(*args), []
     def twice(*words):
@@ -124,7 +124,7 @@ def dying(*args):
             os.kill(os.getpid(), signal.SIGKILL)
         return ask(*words)
     return twice
-generation.transformers_engine = dying
+responses.transformers_engine = dying
 generate.main(sys.argv[1:])
 """
 
@@ -168,11 +168,11 @@ def test_seqkd_trains_on_what_the_teacher_wrote(place):
         SimpleNamespace(engine="transformers", dtype="auto"), place / "teacher", "cpu", tokenizer,
         Sampling(12), 24,
     )  # fmt: skip
-    found = data.pairs("made", "train", generated=True)
-    asked = [pair["prompt"] for pair in data.pairs("asked", "train")]
+    found = example_sets.pairs("made", "train", generated=True)
+    asked = [pair["prompt"] for pair in example_sets.pairs("asked", "train")]
     assert [pair["prompt"] for pair in found] == asked[:20]
     for index in (0, 7, 19):
-        said = ask(data.prompt_ids(tokenizer, [asked[index]]), [index])[0]
+        said = ask(example_sets.prompt_ids(tokenizer, [asked[index]]), [index])[0]
         assert found[index]["response"] == tokenizer.decode(said) != "human"
 
 

@@ -4,8 +4,10 @@ import families
 import pytest
 import torch
 from harness.errors import UserError
-from minillm import data, finetuning, losses, models
+from minillm import finetuning, losses, models
 from transformers import AutoTokenizer
+
+from harness import example_sets
 
 FAMILIES = ["llama", "gpt2"]
 
@@ -41,7 +43,7 @@ def test_padding_of_the_vocabulary_is_cut_exactly(place, capsys):
             state[name][len(tensor) :] = 50
     padded.load_state_dict(state)
     rows = [(ids.long(), 4) for ids in families.windows(3, 12)]
-    batch = data.collate(rows, 0)
+    batch = example_sets.collate(rows, 0)
     found = []
     for teacher, columns in ((plain, None), (padded, 288)):
         for fused in (False, True):

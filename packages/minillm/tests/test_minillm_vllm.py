@@ -13,10 +13,9 @@ import sys
 import pytest
 import torch
 import vllm_tokens
-from minillm import data
-from minillm.generation import Sampling, transformers_engine
+from harness.responses import Sampling, transformers_engine
 
-from harness import checkpoint
+from harness import checkpoint, example_sets
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +27,7 @@ NEW = vllm_tokens.NEW
 DRIVER = f"""
 import json, sys
 from harness import checkpoint
-from minillm.generation import Sampling, vllm_engine
+from harness.responses import Sampling, vllm_engine
 prompts, temperature = json.loads(sys.argv[1])
 folder = checkpoint.resolve({MODEL!r})
 tokenizer = checkpoint.load_tokenizer(folder)
@@ -57,7 +56,7 @@ def model():
 
 def test_greedy_responses_are_those_of_transformers(model):
     tokenizer = checkpoint.load_tokenizer(MODEL)
-    prompts = data.prompt_ids(tokenizer, vllm_tokens.TEXTS)
+    prompts = example_sets.prompt_ids(tokenizer, vllm_tokens.TEXTS)
     found = answers(prompts, 0.0)
     assert found[0] == found[1] == found[2]
     ask = transformers_engine(model, tokenizer, Sampling(NEW, temperature=0.0))
@@ -74,7 +73,7 @@ def test_greedy_responses_are_those_of_transformers(model):
 def test_sampled_responses_are_distributed_as_the_model_says(model):
     tokenizer = checkpoint.load_tokenizer(MODEL)
     end = tokenizer.eos_token_id
-    prompts = data.prompt_ids(tokenizer, vllm_tokens.TEXTS * 8)
+    prompts = example_sets.prompt_ids(tokenizer, vllm_tokens.TEXTS * 8)
     same, turned, other = answers(prompts, 1.0)
     agree = sum(a == b for a, b in zip(same, turned, strict=True))
     assert agree > 0.8 * len(prompts)  # rounding may part some: batches add up in other orders

@@ -5,7 +5,8 @@ from itertools import product
 import families
 import pytest
 import torch
-from minillm.sampling import pad_left, sample, uniforms
+from harness.responses import pad_left
+from minillm.sampling import sample, uniforms
 
 END, PAD, LENGTH = 7, 9, 10
 

@@ -6,11 +6,11 @@ import families
 import pytest
 import torch
 from harness.divergence import kl_rows
-from minillm import cache, caching, data, finetune, finetuning, losses, models
+from minillm import caching, finetune, finetuning, losses, models
 from minillm.cache_teacher import main
 from safetensors.torch import load_file
 
-from harness import checkpoint
+from harness import checkpoint, example_sets, hidden_loss, teacher_cache
 
 TOP = 5
 
@@ -33,9 +33,11 @@ def place(tmp_path, monkeypatch):
 
 
 def examples():
-    found = data.pairs("pairs", "train")
+    found = example_sets.pairs("pairs", "train")
     tokenizer = checkpoint.load_tokenizer("teacher")
-    return data.examples(tokenizer, found, max_length=32, max_prompt_length=16, name="pairs")
+    return example_sets.examples(
+        tokenizer, found, max_length=32, max_prompt_length=16, name="pairs"
+    )
 
 
 def exact(p, q, top):
@@ -67,7 +69,7 @@ def test_what_is_lost_is_the_tail_and_no_more(top):
     tops, ids = log_p.topk(top)
     tail = log_p.scatter(1, ids, -1e4).logsumexp(-1)
     labels = torch.arange(len(student)) % 23
-    found = cache.loss(kl_rows, 0.5, student, labels, ids, tops, tail)
+    found = teacher_cache.loss(kl_rows, 0.5, student, labels, ids, tops, tail)
     ce = -student.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
     torch.testing.assert_close(found[2], kept.sum(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found[1], ce)
@@ -91,21 +93,24 @@ def test_the_gradient_is_that_of_the_loss():
     labels = torch.tensor([0, 1, 2, 3, 4, 8])
 
     def kd(logits):
-        return cache.loss(kl_rows, 0.7, logits, labels, top.indices, top.values, tail)[0]
+        return teacher_cache.loss(kl_rows, 0.7, logits, labels, top.indices, top.values, tail)[0]
 
     assert torch.autograd.gradcheck(kd, student)
 
 
 def test_float16_costs_what_is_said():
     teacher, student = (x.float() for x in pair(500, 300))
-    stored = cache.compress(teacher, 40)
-    assert {key: stored[key].dtype for key in cache.KEYS} == {
+    stored = teacher_cache.compress(teacher, 40)
+    assert {key: stored[key].dtype for key in teacher_cache.KEYS} == {
         "ids": torch.uint16, "log_probs": torch.float16, "log_tail": torch.float32,
     }  # fmt: skip
     assert sum(t.numel() * t.element_size() for t in stored.values()) == 500 * (4 * 40 + 4)
-    assert cache.bytes_per_label(40, 300) == 164 and cache.bytes_per_label(64, 2**17) == 388
+    assert (
+        teacher_cache.bytes_per_label(40, 300) == 164
+        and teacher_cache.bytes_per_label(64, 2**17) == 388
+    )
     q = student.double().log_softmax(-1)
-    log_p, log_q = cache.buckets(
+    log_p, log_q = teacher_cache.buckets(
         q, stored["ids"].long(), stored["log_probs"].double(), stored["log_tail"].double()
     )
     kept, _ = exact(teacher.double(), student.double(), 40)
@@ -118,17 +123,17 @@ def test_kd_from_the_cache_is_kd_in_memory(place):
     assert main(["teacher", "--data", "pairs", "--topk", str(TOP), "--out", "cache",
                  "--max-length", "32", "--max-prompt-length", "16"]) == 0  # fmt: skip
     found = examples()
-    cached = cache.Cache("cache", found, families.VOCAB)
+    cached = teacher_cache.Cache("cache", found, families.VOCAB)
     teacher, student = (checkpoint.load_model(name) for name in ("teacher", "student"))
     chosen = [7, 2, 11]
-    batch = data.collate([found[i] for i in chosen], 0)
+    batch = example_sets.collate([found[i] for i in chosen], 0)
     batch |= cached.rows(chosen)
-    _, parts = cache.distillation(kl_rows, 0.5, cached.vocabulary, student, batch)
-    mask = batch["labels"] != data.IGNORED
+    _, parts = teacher_cache.distillation(kl_rows, 0.5, cached.vocabulary, student, batch)
+    mask = batch["labels"] != example_sets.IGNORED
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     labels = [batch["labels"].clamp_min(0)]
     with torch.no_grad():
-        memory = losses.over_models(losses.mix_rows, teacher, student, inputs, mask, labels)
+        memory = hidden_loss.over_models(losses.mix_rows, teacher, student, inputs, mask, labels)
         logits = [m(**inputs).logits[mask].double() for m in (teacher, student)]
     kept, lost = exact(*logits, TOP)
     torch.testing.assert_close(parts["ce"], memory[1])
@@ -138,7 +143,7 @@ def test_kd_from_the_cache_is_kd_in_memory(place):
 
 
 def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
-    monkeypatch.setattr(cache, "SHARD_BYTES", 250)
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 250)
     words = ["teacher", "--data", "pairs", "--topk", "3", "--batch-size", "2"]
     assert main([*words, "--out", "whole"]) == 0
     assert "16 bytes each" in capsys.readouterr().out
@@ -168,7 +173,7 @@ def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
     assert not list(place.glob("*.partial*"))
     # Every example's own part, wherever it lies.
     found = examples_of("teacher")
-    cached = cache.Cache("again", found, families.VOCAB)
+    cached = teacher_cache.Cache("again", found, families.VOCAB)
     ids = torch.cat([load_file(path)["ids"] for path in shards]).long()
     assert torch.equal(cached.rows(list(range(12)))["teacher_ids"], ids)
     starts = cached.starts
@@ -177,8 +182,8 @@ def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
 
 def examples_of(model):
     context = checkpoint.load_config(checkpoint.resolve(model)).max_position_embeddings
-    return data.examples(
-        checkpoint.load_tokenizer(model), data.pairs("pairs", "train"), max_length=context,
+    return example_sets.examples(
+        checkpoint.load_tokenizer(model), example_sets.pairs("pairs", "train"), max_length=context,
         max_prompt_length=context // 2, name="pairs",
     )  # fmt: skip
 
@@ -222,7 +227,7 @@ def test_bad_input_is_one_clear_line(place, capsys, words, message):
 def test_a_cache_of_another_place_is_refused(place, capsys):
     made = examples_of("teacher")
     with pytest.raises(finetuning.UserError, match=r"holds no cache\.json"):
-        cache.Cache("pairs", made, families.VOCAB)
+        teacher_cache.Cache("pairs", made, families.VOCAB)
     assert main(["teacher", "--data", "pairs", "--topk", "3", "--out", "cache"]) == 0
     with pytest.raises(finetuning.UserError, match="the student has 100"):
-        cache.Cache("cache", made, 100)
+        teacher_cache.Cache("cache", made, 100)

@@ -12,8 +12,10 @@ import torch
 from harness.checkpoint import load_tokenizer
 from harness.engine import Training
 from harness.errors import UserError
-from minillm import data, on_policy, rollouts, sampling, train_minillm
+from minillm import on_policy, rollouts, sampling, train_minillm
 from transformers import AutoModelForCausalLM
+
+from harness import example_sets
 
 DRIVER = Path(__file__).with_name("minillm_driver.py")
 NEW, COLUMNS = 12, 20
@@ -90,8 +92,10 @@ def learner(folder):
     )
     tokenizer = load_tokenizer(folder / "student")
     found = [
-        data.examples(tokenizer, data.pairs(str(folder / "data"), split), max_length=32,
-                      max_prompt_length=20, name=split)
+        example_sets.examples(
+            tokenizer, example_sets.pairs(str(folder / "data"), split), max_length=32,
+            max_prompt_length=20, name=split,
+        )
         for split in ("train", "validation")
     ]  # fmt: skip
     text = [(families.windows(1, 20)[0] % COLUMNS, 1)] * 9

@@ -14,7 +14,7 @@ from harness.divergence import LOG_ZERO, sum_over_rows
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillm import losses
+from harness import hidden_loss
 
 Side = tuple[list[int], list[int], int]
 
@@ -82,11 +82,11 @@ def batch(
     """A micro-batch of {"prompt", "response"} for both models, padded on the right.
 
     Returns:
-        `minillm.data.collate` of the student's side (its labels are all of the response's tokens),
+        `harness.example_sets.collate` of the student's side (labels: all of the response's tokens),
         its places under "places", bool [B, S], and the teacher's "teacher_ids", "teacher_attention"
         and "teacher_places" [B, T].
     """
-    from minillm.data import collate
+    from harness.example_sets import collate
 
     made = []
     for pair in pairs:
@@ -116,7 +116,7 @@ def distillation(teacher, kd_ratio: float, running, some: dict):
 
     ULD's mean over the aligned places counts as one of every response token.
     """
-    from minillm.data import IGNORED
+    from harness.example_sets import IGNORED
 
     device = running.device
     with torch.no_grad():
@@ -132,7 +132,7 @@ def distillation(teacher, kd_ratio: float, running, some: dict):
     ).logits
     labels = some["labels"].to(device)
     mask = labels != IGNORED
-    ce = sum_over_rows(losses.cross_entropy_rows, q, q, mask, extras=[labels.clamp_min(0)])
+    ce = sum_over_rows(hidden_loss.cross_entropy_rows, q, q, mask, extras=[labels.clamp_min(0)])
     masks = some["teacher_places"].to(device), some["places"].to(device)
     share = some["tokens"] / max(1, int(masks[1].sum()))
     uld = uld_loss(p, q, masks) * share

@@ -7,8 +7,17 @@ from harness.errors import UserError
 from harness.footprint import stored_size
 from harness.perplexity import context_length
 
-from harness import card, checkpoint, distributed, engine, trainer, writer
-from minillm import data, finetuning, flags, losses, models, rollouts
+from harness import (
+    card,
+    checkpoint,
+    distributed,
+    engine,
+    example_sets,
+    hidden_loss,
+    trainer,
+    writer,
+)
+from minillm import finetuning, flags, models, rollouts
 from minillm.on_policy import OnPolicy, without_dropout
 
 BATCH = 64  # rollouts of a step in the published runs: 4 on each of 16 GPUs
@@ -40,14 +49,14 @@ def train(args) -> dict | None:
             "that it shares with the teacher; give both the same end token."
         )
     examples, dev = finetuning.examples(args, tokenizer, longest, longest_prompt)
-    models.check_tokens([examples, dev], configs[0])
+    example_sets.check_tokens([examples, dev], configs[0])
     text = None
     if args.lm_data and args.lm_coef:
-        text = data.windows(tokenizer, args.lm_data, length=longest, limit=args.lm_num)
+        text = example_sets.windows(tokenizer, args.lm_data, length=longest, limit=args.lm_num)
     elif args.lm_coef:
         distributed.say("no --lm-data: the loss has no part on plain text")
     plan, training = _plan(args, len(examples))
-    dtype = models.compute_dtype(args.dtype, source)
+    dtype = engine.compute_dtype(args.dtype, source)
     settings = {k: v for k, v in vars(args).items() if k not in finetuning.FREE and v is not None}
     settings |= {
         "steps": training.steps, "dtype": dtype, "max_length": longest,
@@ -63,7 +72,7 @@ def train(args) -> dict | None:
         args.teacher, device=device, peft_path=args.teacher_peft_path,
         dtype="float32" if dtype == "float32" else "auto",
     )  # fmt: skip
-    fused = losses.fusable(student, args.zero) and losses.fusable(teacher)
+    fused = hidden_loss.fusable(student, args.zero) and hidden_loss.fusable(teacher)
     lora, finish = flags.lora(args), None
     if lora:
         student = models.add_lora(student, **lora)
@@ -77,7 +86,7 @@ def train(args) -> dict | None:
     student.config.use_cache = False
     without_dropout(student)
     run = OnPolicy(
-        student, teacher, columns, fused, tokenizer, finetuning.pad_id(tokenizer), examples, dev,
+        student, teacher, columns, fused, tokenizer, example_sets.pad_id(tokenizer), examples, dev,
         text, objective, plan, training, longest - longest_prompt, args.lm_coef, args.kd_ratio,
         args.chunk_size, args.eval_batch_size or args.chunk_size, args.select,
     )  # fmt: skip

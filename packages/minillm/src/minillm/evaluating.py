@@ -15,8 +15,8 @@ import torch.distributed as dist
 from harness.errors import UserError
 from harness.rouge import rouge_l
 
-from harness import checkpoint, distributed, report
-from minillm import eval_sets, generating, generation
+from harness import checkpoint, distributed, report, responses
+from minillm import eval_sets, generating
 
 SHOWN = 3  # responses that are kept for a look
 # What names a measurement, beside its data: the rest does not change it.
@@ -70,7 +70,7 @@ def evaluate(args) -> tuple[dict, Path] | None:
             if str(seed) in known:
                 distributed.say(f"{name}, seed {seed}: measured before, kept")
                 continue
-            ask = ask or generation.open_engine(args, source, device, tokenizer, sampling, longest)
+            ask = ask or responses.open_engine(args, source, device, tokenizer, sampling, longest)
             start = time.perf_counter()
             said = _responses(ask, tokenizer, prompts, seed, args.batch_size, name)
             known[str(seed)] = rouge_l(said, references)
@@ -126,9 +126,9 @@ def _rows(name: str, metric: dict) -> list[dict]:
 
 def _responses(ask, tokenizer, prompts, seed: int, batch: int, name: str) -> list[str]:
     """Responses to all prompts, in their order, on every rank."""
-    groups = generation.batches(prompts, batch)
+    groups = responses.batches(prompts, batch)
     found = {}
-    for group, said in generation.respond(ask, prompts, seed, groups, f"{name}, seed {seed}"):
+    for group, said in responses.respond(ask, prompts, seed, groups, f"{name}, seed {seed}"):
         read = tokenizer.batch_decode(said, skip_special_tokens=True)
         found |= dict(zip(group, read, strict=True))
     if distributed.world_size() > 1:

@@ -11,8 +11,20 @@ from harness.errors import UserError
 from harness.footprint import stored_size
 from harness.perplexity import context_length
 
-from harness import card, checkpoint, distributed, engine, trainer, writer
-from minillm import align, cache, data, flags, generation, losses, models, packing, validation
+from harness import (
+    card,
+    checkpoint,
+    distributed,
+    engine,
+    example_sets,
+    hidden_loss,
+    responses,
+    teacher_cache,
+    trainer,
+    validation,
+    writer,
+)
+from minillm import align, flags, losses, models, packing
 
 # What does not change the result; the rest of the flags is what a resumed run must repeat.
 FREE = (
@@ -46,16 +58,16 @@ def finetune(args) -> dict | None:
     longest, longest_prompt = flags.lengths(args, *contexts)
     tokenizer = checkpoint.load_tokenizer(source)
     train, dev = examples(args, tokenizer, longest, longest_prompt)
-    models.check_tokens([train, dev], config)
+    example_sets.check_tokens([train, dev], config)
     known = config.get_text_config().vocab_size
-    stored = cache.Cache(args.teacher_cache, train, known) if args.teacher_cache else None
+    stored = teacher_cache.Cache(args.teacher_cache, train, known) if args.teacher_cache else None
 
     rows = packing.pack(train.lengths, longest, args.seed) if args.packing else None
     parameters = stored_size(source, config).parameters
     count = len(rows or train)
     training, how = flags.training(args, parameters, count, distributed.world_size())
     distributed.say(f"{args.type} of {args.model}: {how}")
-    dtype = models.compute_dtype(args.dtype, source)
+    dtype = engine.compute_dtype(args.dtype, source)
     if args.dry_run:
         _print_plan(args, parameters, training, dtype)
         return None
@@ -79,13 +91,13 @@ def finetune(args) -> dict | None:
             )
             return models.merged(plain, tensors, checkpoint.parse_dtype(dtype), **lora)
 
-    pad = pad_id(tokenizer)
-    sampling = generation.Sampling(longest - longest_prompt, temperature=float(not args.greedy))
+    pad = example_sets.pad_id(tokenizer)
+    sampling = responses.Sampling(longest - longest_prompt, temperature=float(not args.greedy))
     collate = _collate(args, train, rows, tokenizer, longest, stored)
     lengths = [sum(train.lengths[i] for i in row) for row in rows] if rows else train.lengths
 
     def batches(step: int) -> list[dict]:
-        return [collate(micro) for micro in data.deal(lengths, step, training)]
+        return [collate(micro) for micro in example_sets.deal(lengths, step, training)]
 
     def evaluate(running, step: int) -> dict:
         size = args.eval_batch_size or args.batch_size
@@ -97,7 +109,7 @@ def finetune(args) -> dict | None:
             )
         return validation.select(args.select, found)
 
-    every = args.eval_interval or max(1, count // data.batch_size(training))
+    every = args.eval_interval or max(1, count // example_sets.batch_size(training))
     step_entry = {
         "method": args.type, "base": args.model, "command": card.command_line(),
         "settings": _settings(args, training, dtype, longest, longest_prompt),
@@ -117,25 +129,20 @@ def pairs(args, split: str) -> list[dict[str, str]]:
     """Prompts and responses of the flags --data, --dev-data, --train-num and --dev-num."""
     generated = getattr(args, "type", None) == "seqkd"
     if split == "train":
-        return data.pairs(args.data, split, generated)[: args.train_num]
+        return example_sets.pairs(args.data, split, generated)[: args.train_num]
     named = args.dev_data or args.data
-    return data.pairs(named, split, generated and not args.dev_data)[: args.dev_num]
+    return example_sets.pairs(named, split, generated and not args.dev_data)[: args.dev_num]
 
 
-def examples(args, tokenizer, longest: int, longest_prompt: int) -> list[data.Examples]:
+def examples(args, tokenizer, longest: int, longest_prompt: int) -> list[example_sets.Examples]:
     """Training and validation examples of :func:`pairs`."""
     return [
-        data.examples(
+        example_sets.examples(
             tokenizer, pairs(args, split), max_length=longest, max_prompt_length=longest_prompt,
             name=f"{name}, {split}",
         )
         for split, name in (("train", args.data), ("validation", args.dev_data or args.data))
     ]  # fmt: skip
-
-
-def pad_id(tokenizer) -> int:
-    pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
 
 
 def _check(args) -> None:
@@ -168,7 +175,7 @@ def _objective(args, student, device: str, columns: int | None, dtype: str, stor
     """(engine, batch) -> (sum of losses, the sums to report)."""
     if stored:
         rows = losses.ROWS[args.loss]
-        return partial(cache.distillation, rows, args.kd_ratio, stored.vocabulary)
+        return partial(teacher_cache.distillation, rows, args.kd_ratio, stored.vocabulary)
     if args.teacher is None:
         return cross_entropy
     teacher = models.load_teacher(
@@ -177,7 +184,7 @@ def _objective(args, student, device: str, columns: int | None, dtype: str, stor
     )  # fmt: skip
     if args.align:
         return partial(align.distillation, teacher, args.kd_ratio)
-    fused = losses.fusable(student, args.zero) and losses.fusable(teacher)
+    fused = hidden_loss.fusable(student, args.zero) and hidden_loss.fusable(teacher)
     rows = partial(losses.mix_rows, rows=losses.ROWS[args.loss], kd_ratio=args.kd_ratio)
     return partial(distillation, teacher, rows, columns, fused)
 
@@ -185,16 +192,17 @@ def _objective(args, student, device: str, columns: int | None, dtype: str, stor
 def _collate(args, train, rows, tokenizer, longest: int, stored) -> Callable[[list[int]], dict]:
     """Indices -> a micro-batch: of examples (with a cache's rows), of packed rows, or of texts for
     two tokenizers."""
-    pad = pad_id(tokenizer)
+    pad = example_sets.pad_id(tokenizer)
     if rows:
         return lambda micro: packing.collate([[train[i] for i in rows[n]] for n in micro], pad)
     if not args.align:
         more = stored.rows if stored else lambda micro: {}
-        return lambda micro: data.collate([train[i] for i in micro], pad) | more(micro)
+        return lambda micro: example_sets.collate([train[i] for i in micro], pad) | more(micro)
     texts = pairs(args, "train")
     other = checkpoint.load_tokenizer(args.teacher)
+    pads = (example_sets.pad_id(other), pad)
     return lambda micro: align.batch(
-        [texts[train.sources[i]] for i in micro], other, tokenizer, longest, (pad_id(other), pad)
+        [texts[train.sources[i]] for i in micro], other, tokenizer, longest, pads
     )
 
 
@@ -208,9 +216,9 @@ def distillation(teacher, rows, columns: int | None, fused: bool, running, batch
     """``rows`` over teacher and student at every label; reports its parts."""
     inputs = validation.inputs_of(batch, running.device)
     labels = batch["labels"].to(running.device)
-    total, ce, divergence = losses.over_models(
-        rows, teacher, running, inputs, labels != data.IGNORED, [labels.clamp_min(0)], columns,
-        fused,
+    total, ce, divergence = hidden_loss.over_models(
+        rows, teacher, running, inputs, labels != example_sets.IGNORED, [labels.clamp_min(0)],
+        columns, fused,
     )  # fmt: skip
     return total, {"ce": ce, "kd": divergence}
 

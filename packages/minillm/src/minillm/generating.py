@@ -13,8 +13,8 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.perplexity import context_length
 
-from harness import checkpoint, distributed, writer
-from minillm import data, flags, generation
+from harness import checkpoint, distributed, example_sets, responses, writer
+from minillm import flags
 
 BATCH = {"transformers": 16, "vllm": 1024}
 # What does not change what is said: neither does the device, but for rounding.
@@ -34,13 +34,13 @@ def generate(args) -> dict[str, int] | None:
     source, out = checkpoint.resolve(args.model), Path(args.out)
     if out.is_dir() or (out.exists() and not (args.overwrite or args.dry_run)):
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
-    pairs = data.pairs(args.data, "train")[: args.gen_num]
+    pairs = example_sets.pairs(args.data, "train")[: args.gen_num]
     tokenizer = checkpoint.load_tokenizer(source)
     sampling, longest = how(args, source)
     texts = [pair["prompt"] for pair in pairs]
     kept, prompts = short(args, args.data, tokenizer, texts)
     texts = [texts[index] for index in kept]
-    groups = generation.batches(prompts, args.batch_size)
+    groups = responses.batches(prompts, args.batch_size)
     distributed.say(
         f"{args.data}: {len(prompts)} prompts, responses of at most {sampling.new_tokens} tokens"
         + left_out(len(pairs) - len(prompts), args)
@@ -58,9 +58,9 @@ def generate(args) -> dict[str, int] | None:
         distributed.say(f"resuming: {len(done)} responses are there")
     rest = [group for group in groups if not done.issuperset(group)]
     if rest:
-        ask = generation.open_engine(args, source, device, tokenizer, sampling, longest)
+        ask = responses.open_engine(args, source, device, tokenizer, sampling, longest)
         with (partial / f"rank-{distributed.rank()}.jsonl").open("w") as lines:
-            for group, said in generation.respond(ask, prompts, args.seed, rest, "responses"):
+            for group, said in responses.respond(ask, prompts, args.seed, rest, "responses"):
                 read = tokenizer.batch_decode(said, skip_special_tokens=True)
                 for index, text, ids in zip(group, read, said, strict=True):
                     cut = len(ids) == sampling.new_tokens
@@ -70,7 +70,7 @@ def generate(args) -> dict[str, int] | None:
     return distributed.lead(lambda: _finish(partial, file, texts, out))
 
 
-def how(args, source: Path) -> tuple[generation.Sampling, int]:
+def how(args, source: Path) -> tuple[responses.Sampling, int]:
     """How to sample, and the longest prompt with its response, in tokens, from the flags; fills in
     --batch-size and --max-prompt-length."""
     context = context_length(checkpoint.load_config(source))
@@ -84,7 +84,7 @@ def how(args, source: Path) -> tuple[generation.Sampling, int]:
         args.batch_size = BATCH[args.engine]
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: at least 1.")
-    sampling = generation.Sampling(
+    sampling = responses.Sampling(
         longest - args.max_prompt_length, args.temperature, args.top_p, args.top_k,
         args.no_repeat_ngram_size,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def how(args, source: Path) -> tuple[generation.Sampling, int]:
 
 def short(args, name: str, tokenizer, texts: list[str]) -> tuple[list[int], list[list[int]]]:
     """Which of the prompts have 1 to --max-prompt-length tokens, and these as token ids."""
-    ids = data.prompt_ids(tokenizer, texts) if texts else []
+    ids = example_sets.prompt_ids(tokenizer, texts) if texts else []
     kept = [i for i, some in enumerate(ids) if 0 < len(some) <= args.max_prompt_length]
     if not kept:
         raise UserError(

@@ -10,14 +10,6 @@ from harness import checkpoint, distributed, trainer
 SELF_TEST = "def f(x):\n    return 'Ünïcode', [x + 1, 2e-3]  # 日本 <s> </s>\n\n\tThe end."
 
 
-def compute_dtype(dtype: str, folder: Path) -> str:
-    """The name of the dtype to train in: auto is float32 where the checkpoint is stored so, else
-    bfloat16. float16 has to be asked for, and needs a GPU."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if checkpoint.Weights(folder).dtype == torch.float32 else "bfloat16"
-
-
 def load_student(model: str, *, device: str, dtype: str, peft_path: str | None = None):
     """A causal LM in memory, with the LoRA adapter at ``peft_path``, if any, merged in.
 
@@ -109,13 +101,3 @@ def shared_columns(teacher: str, student: str) -> int:
     if len(set(sizes)) > 1:
         distributed.say(f"logits compared: the first {columns} of {sizes[0]} and {sizes[1]}")
     return columns
-
-
-def check_tokens(sets, config) -> None:
-    """Refuse examples with tokens that the model has no embedding of."""
-    largest, known = max(s.counts.largest for s in sets), config.get_text_config().vocab_size
-    if largest >= known:
-        raise UserError(
-            f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
-            "not belong together."
-        )

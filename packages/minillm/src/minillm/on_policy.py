@@ -12,10 +12,10 @@ from harness.divergence import reverse_kl_rows
 from harness.engine import Training
 from harness.progress import track
 from harness.rouge import rouge_l
+from harness.validation import inputs_of
 
-from harness import distributed, engine
-from minillm import data, losses, policy, rollouts, sampling
-from minillm.validation import inputs_of
+from harness import distributed, engine, example_sets, hidden_loss, responses
+from minillm import losses, policy, rollouts, sampling
 
 EVALUATION_SEED = 20_230_614
 
@@ -26,7 +26,7 @@ class OnPolicy:
 
     Attributes:
         student: the model that the engine is around. columns: logits that both models share.
-        fused: whether both models' losses go from hidden states (losses.fusable).
+        fused: whether both models' losses go from hidden states (hidden_loss.fusable).
         prompts: training examples, of which the prompts are read. text: windows of plain text.
         new_tokens: the longest response. chunk: responses written at a time.
     """
@@ -37,9 +37,9 @@ class OnPolicy:
     fused: bool
     tokenizer: object
     pad: int
-    prompts: data.Examples
-    held_out: data.Examples
-    text: data.Examples | None
+    prompts: example_sets.Examples
+    held_out: example_sets.Examples
+    text: example_sets.Examples | None
     objective: rollouts.Objective
     plan: rollouts.Plan
     training: Training
@@ -63,10 +63,10 @@ class OnPolicy:
         if self.text is None:
             return made
         # Another order than that of the prompts.
-        dealt = data.deal(self.text.lengths, step, replace(self.training, seed=seed + 2))
-        windows = data.batch_size(self.training) * (self.text.lengths[0] - 1)
+        dealt = example_sets.deal(self.text.lengths, step, replace(self.training, seed=seed + 2))
+        windows = example_sets.batch_size(self.training) * (self.text.lengths[0] - 1)
         for batch, some in zip(made, dealt, strict=True):
-            text = data.collate([self.text[i] for i in some], self.pad)
+            text = example_sets.collate([self.text[i] for i in some], self.pad)
             batch["read"] += text["read"]
             batch |= {"text_ids": text["input_ids"], "text_labels": text["labels"]}
             # The text's mean, in a sum that is to be divided by the tokens of the responses.
@@ -102,20 +102,20 @@ class OnPolicy:
             single_step=self.objective.single_step,
         )  # fmt: skip
         extras = [labels.clamp_min(0), *(batch[name].to(device) for name in names)]
-        mask = labels != data.IGNORED
+        mask = labels != example_sets.IGNORED
         loss, sampled, reverse = self._sums(rows, running, inputs_of(batch, device), mask, extras)
         report = {"policy": sampled, "reverse_kl": reverse, "reward": batch["reward"].sum()}
         if "text_ids" in batch:
             labels = batch["text_labels"].to(device)
             rows = partial(losses.mix_rows, kd_ratio=self.kd_ratio)
-            mask, extras = labels != data.IGNORED, [labels.clamp_min(0)]
+            mask, extras = labels != example_sets.IGNORED, [labels.clamp_min(0)]
             text = {"input_ids": batch["text_ids"].to(device)}
             text_loss = self._sums(rows, running, text, mask, extras)[0] * batch["text_share"]
             loss, report["text"] = loss + text_loss, text_loss
         return loss, report
 
     def _sums(self, rows, student, inputs: dict, mask, extras):
-        return losses.over_models(
+        return hidden_loss.over_models(
             rows, self.teacher, student, inputs, mask, extras, self.columns, self.fused
         )
 
@@ -135,7 +135,7 @@ class OnPolicy:
             for part in track(parts, "responses") if distributed.rank() == 0 else parts:
                 rows = [self.held_out[i] for i in part]
                 batch, texts = self._respond(student, rows, draws[part])
-                mask = batch["labels"].to(running.device) != data.IGNORED
+                mask = batch["labels"].to(running.device) != example_sets.IGNORED
                 inputs = inputs_of(batch, running.device)
                 total += self._sums(reverse_kl_rows, student, inputs, mask, []).item()
                 tokens += batch["tokens"]
@@ -147,9 +147,9 @@ class OnPolicy:
         return {"value": found["rouge_l" if self.select == "rouge" else "reverse_kl"], **found}
 
     def _respond(self, student, rows: list, draws) -> tuple[dict, list[str]]:
-        """A batch (`data.collate`) of responses that the student alone writes, and their texts."""
+        """A batch (`example_sets.collate`) of responses of the student alone, and their texts."""
         prompts = [ids[:first] for ids, first in rows]
-        ids, mask = sampling.pad_left(prompts, self.pad)
+        ids, mask = responses.pad_left(prompts, self.pad)
         device = next(student.parameters()).device
         made = sampling.sample(
             student, None, ids.to(device), mask.to(device), draws, alpha=0.0,
@@ -158,7 +158,7 @@ class OnPolicy:
         pairs = zip(made.responses.cpu(), made.mask.cpu(), strict=True)
         answers = [tokens[inside] for tokens, inside in pairs]
         both = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
-        batch = data.collate(
+        batch = example_sets.collate(
             [(ids, len(p)) for ids, p in zip(both, prompts, strict=True)], self.pad
         )
         return batch, self.tokenizer.batch_decode(answers, skip_special_tokens=True)

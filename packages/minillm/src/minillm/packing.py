@@ -8,8 +8,7 @@ transformers does for most families), the loss of every token is that of its exa
 import random
 
 import torch
-
-from minillm.data import IGNORED
+from harness.example_sets import IGNORED
 
 
 def pack(lengths: list[int], room: int, seed: int) -> list[list[int]]:
@@ -35,7 +34,7 @@ def pack(lengths: list[int], room: int, seed: int) -> list[list[int]]:
 
 def collate(rows: list[list[tuple[torch.Tensor, int]]], pad: int) -> dict:
     """A micro-batch of packed rows: input_ids, labels and position_ids int64 [B, T], as
-    `minillm.data.collate` otherwise, but without an attention mask: positions tell documents."""
+    `harness.example_sets.collate` otherwise, but no attention mask: positions tell documents."""
     longest = max(sum(len(ids) for ids, _ in row) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     labels, positions = torch.full_like(ids, IGNORED), torch.zeros_like(ids)

@@ -14,8 +14,8 @@ import torch
 from harness.errors import UserError
 from torch import Tensor
 
-from harness import distributed
-from minillm import data, policy, sampling
+from harness import distributed, example_sets, responses
+from minillm import policy, sampling
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Plan:
     def prompts(self, count: int, phase: int, seed: int) -> list[int]:
         """Which of ``count`` prompts a phase is about; epochs over them follow without a gap."""
         places = range(phase * self.rollouts, (phase + 1) * self.rollouts)
-        return [data.order(count, seed, p // count)[p % count] for p in places]
+        return [example_sets.order(count, seed, p // count)[p % count] for p in places]
 
     def chosen(self, step: int, seed: int) -> list[int]:
         """The rollouts of one step, by their numbers in the phase."""
         phase, within = divmod(step, self.steps)
         epoch, place = divmod(within, self.rollouts // self.batch)
-        mixed = data.order(self.rollouts, seed + 1, phase * self.epochs + epoch)
+        mixed = example_sets.order(self.rollouts, seed + 1, phase * self.epochs + epoch)
         return mixed[place * self.batch : (place + 1) * self.batch]
 
 
@@ -120,7 +120,7 @@ def write(
     parts = []
     for start in range(mine.start, mine.stop, chunk):
         some = slice(start, min(start + chunk, mine.stop))
-        ids, mask = sampling.pad_left(prompts[some], pad)
+        ids, mask = responses.pad_left(prompts[some], pad)
         made = sampling.sample(
             student, teacher, ids.to(device), mask.to(device), draws[some], alpha=objective.alpha,
             ends=ends, pad=pad, vocabulary=vocabulary,
@@ -158,13 +158,13 @@ def micro_batches(phase: Phase, chosen: list[int], size: int, pad: int) -> list[
 
 
 def batch_of(phase: Phase, chosen: list[int], pad: int) -> dict:
-    """`minillm.data.collate` of rollouts, and beside each label its old_logp, weight, reward and
+    """`example_sets.collate` of rollouts, and beside each label its old_logp, weight, reward and
     advantage, float32 [B, L]."""
     rows = []
     for i in chosen:
         response = phase.responses[i][phase.mask[i]]
         rows.append((torch.cat([phase.prompts[i], response]), len(phase.prompts[i])))
-    batch = data.collate(rows, pad)
+    batch = example_sets.collate(rows, pad)
     for name in ("logp", "weight", "reward", "advantage"):
         laid = torch.zeros(batch["labels"].shape)
         for row, (i, (ids, first)) in enumerate(zip(chosen, rows, strict=True)):

@@ -44,17 +44,6 @@ def uniforms(count: int, length: int, seed: int) -> Tensor:
     return torch.rand(count, length, generator=draw, dtype=torch.float64)
 
 
-def pad_left(prompts: list[Tensor], pad: int) -> tuple[Tensor, Tensor]:
-    """int64 [B, P] and its mask, from token ids of any lengths."""
-    width = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
-
-
 @torch.no_grad()
 def sample(
     student,

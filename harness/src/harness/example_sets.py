@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from harness.errors import UserError
 
 from harness import data, distributed, engine, files, instruct
+from harness.errors import UserError
 
 IGNORED = -100
 EXPECTED = "expected prompt and response, or instruction (input) and output"
@@ -244,7 +244,7 @@ def _cached(rows, key: Iterable) -> Examples:
     # What is in a file is part of its name: an older version of this code may have written others.
     for part in [*columns, *asdict(Counts()), *key]:
         digest.update(str(part).encode() + b"\0")
-    folder = Path(config.HF_DATASETS_CACHE) / "minillm"
+    folder = Path(config.HF_DATASETS_CACHE) / "llm-compression"
     path = folder / f"{digest.hexdigest()[:24]}.arrow"
     note = path.with_suffix(".json")
 
@@ -318,3 +318,18 @@ def deal(lengths: list[int], step: int, training: engine.Training) -> list[list[
     size = training.micro_batch
     micro = [chosen[start : start + size] for start in range(0, batch, size)]
     return micro[distributed.rank() :: distributed.world_size()]
+
+
+def pad_id(tokenizer) -> int:
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
+def check_tokens(sets, config) -> None:
+    """Refuse examples with tokens that the model has no embedding of."""
+    largest, known = max(s.counts.largest for s in sets), config.get_text_config().vocab_size
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
+            "not belong together."
+        )

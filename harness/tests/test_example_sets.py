@@ -1,7 +1,6 @@
-"""Examples: what is predicted, what is left out and said, and how batches are dealt and packed."""
+"""Examples: what is predicted, what is left out and said, and how batches are dealt."""
 
 import json
-import math
 import random
 
 import datasets
@@ -11,10 +10,9 @@ import torch
 from harness.engine import Training
 from harness.errors import UserError
 from harness.instruct import alpaca_prompt
-from minillm import data, packing
 from transformers import AutoTokenizer
 
-from harness import distributed
+from harness import distributed, example_sets
 
 LIMITS = {"max_length": 24, "max_prompt_length": 12, "name": "set"}
 
@@ -38,23 +36,23 @@ def pair(prompt, response):
 def test_labels_are_the_response_and_the_end(tokenizer):
     # In the second pair a token would span the border ("return" is one).
     pairs = [pair("def add(left", ", right):\n    return left"), pair("    ret", "urn number")]
-    found = data.examples(tokenizer, pairs, **LIMITS)
-    batch = data.collate([found[0], found[1]], pad=tokenizer.eos_token_id)
+    found = example_sets.examples(tokenizer, pairs, **LIMITS)
+    batch = example_sets.collate([found[0], found[1]], pad=tokenizer.eos_token_id)
     assert batch["input_ids"].dtype == torch.long and batch["read"] == sum(found.lengths)
     for row, (prompt, response) in enumerate((p["prompt"], p["response"]) for p in pairs):
         ids, labels = batch["input_ids"][row], batch["labels"][row]
         start = len(tokenizer(prompt)["input_ids"])
         assert ids[:start].tolist() == tokenizer(prompt)["input_ids"]
-        predicted = labels[labels != data.IGNORED]
+        predicted = labels[labels != example_sets.IGNORED]
         assert tokenizer.decode(predicted[:-1]) == response
         assert predicted[-1] == tokenizer.eos_token_id
-        places = (labels != data.IGNORED).nonzero()[:, 0]
+        places = (labels != example_sets.IGNORED).nonzero()[:, 0]
         assert places.tolist() == list(range(start - 1, start - 1 + len(predicted)))
         assert torch.equal(ids[places + 1], predicted)
         assert batch["attention_mask"][row].tolist() == [
             int(i < found.lengths[row]) for i in range(len(ids))
         ]
-    assert batch["tokens"] == int((batch["labels"] != data.IGNORED).sum())
+    assert batch["tokens"] == int((batch["labels"] != example_sets.IGNORED).sum())
 
 
 def test_what_is_left_out_or_cut_is_counted(tokenizer, capsys):
@@ -62,7 +60,7 @@ def test_what_is_left_out_or_cut_is_counted(tokenizer, capsys):
         pair("range", "print"), pair("for", "  \n"), pair("é" * 30, "x"), pair("left", "ü" * 30),
         pair("for", ""),
     ]  # fmt: skip
-    found = data.examples(tokenizer, pairs, **LIMITS)
+    found = example_sets.examples(tokenizer, pairs, **LIMITS)
     counts = found.counts
     assert (counts.examples, counts.empty, counts.long_prompts, counts.cut) == (2, 2, 1, 1)
     assert found.sources == [0, 3] and found.lengths[1] == 24
@@ -72,21 +70,21 @@ def test_what_is_left_out_or_cut_is_counted(tokenizer, capsys):
     with pytest.raises(
         UserError, match=r"of 2 rows none is left: 1 have an empty .* 1 a prompt of"
     ):
-        data.examples(tokenizer, pairs[1:3], **LIMITS)
+        example_sets.examples(tokenizer, pairs[1:3], **LIMITS)
     with pytest.raises(UserError, match=r"--max-prompt-length 24: expected less than"):
-        data.examples(tokenizer, pairs, **LIMITS | {"max_prompt_length": 24})
+        example_sets.examples(tokenizer, pairs, **LIMITS | {"max_prompt_length": 24})
 
 
 def test_tokens_are_kept_and_found_again(tokenizer, monkeypatch, capsys):
     pairs = [pair("range", "print")]
-    first = data.examples(tokenizer, pairs, **LIMITS)
+    first = example_sets.examples(tokenizer, pairs, **LIMITS)
     said = capsys.readouterr().err
-    monkeypatch.setattr(data, "encode", None)
-    again = data.examples(tokenizer, pairs, **LIMITS)
+    monkeypatch.setattr(example_sets, "encode", None)
+    again = example_sets.examples(tokenizer, pairs, **LIMITS)
     assert again.key == first.key and torch.equal(again[0][0], first[0][0])
     assert capsys.readouterr().err == said
     with pytest.raises(TypeError):
-        data.examples(tokenizer, pairs, **LIMITS | {"max_length": 23})
+        example_sets.examples(tokenizer, pairs, **LIMITS | {"max_length": 23})
 
 
 def write(path, rows):
@@ -103,39 +101,41 @@ def test_the_originals_rows_are_read(tmp_path):
     write(tmp_path / "set" / "train.jsonl", rows)
     write(tmp_path / "set" / "valid.jsonl", rows[:1])
     expected = [pair(alpaca_prompt("Add.", "1, 2"), "3"), pair("HI:", "hi")]
-    assert data.pairs(str(tmp_path / "set"), "train") == expected
-    assert data.pairs(str(tmp_path / "set"), "validation") == expected[:1]
+    assert example_sets.pairs(str(tmp_path / "set"), "train") == expected
+    assert example_sets.pairs(str(tmp_path / "set"), "validation") == expected[:1]
 
 
 def test_missing_columns_are_named_with_their_line(tmp_path):
     good = {"prompt": "a", "response": "b"}
     file = write(tmp_path / "rows.jsonl", [good, None, good, {"prompt": "a", "reply": "b"}])
     with pytest.raises(UserError, match=r"rows.jsonl, line 4: prompt, reply; expected prompt and"):
-        data.pairs(file, "train")
+        example_sets.pairs(file, "train")
 
 
 def test_generated_responses_are_the_models_not_the_humans(tmp_path):
     (tmp_path / "set").mkdir()
     row = {"prompt": "p", "output": "human", "gen_answer": "model"}
     write(tmp_path / "set" / "train.jsonl", [row])
-    assert data.pairs(str(tmp_path / "set"), "train", generated=True) == [pair("p", "model")]
+    assert example_sets.pairs(str(tmp_path / "set"), "train", generated=True) == [
+        pair("p", "model")
+    ]
     file = write(tmp_path / "set.jsonl", [{"prompt": "p", "output": "human"}])
     with pytest.raises(UserError, match=r"line 1: prompt, output; expected prompt and response"):
-        data.pairs(file, "train", generated=True)
+        example_sets.pairs(file, "train", generated=True)
     with pytest.raises(UserError, match=r"minillm.generate TEACHER --data dolly"):
-        data.pairs("dolly", "train", generated=True)
+        example_sets.pairs("dolly", "train", generated=True)
 
 
 def test_a_text_in_windows(tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text(families.TEXT * 9)
-    found = data.windows(tokenizer, str(tmp_path / "text.txt"), length=16)
+    found = example_sets.windows(tokenizer, str(tmp_path / "text.txt"), length=16)
     ids = tokenizer(families.TEXT * 9)["input_ids"]
     assert [found[i][0].tolist() for i in range(len(found))] == [
         ids[i : i + 16] for i in range(0, len(ids) - 15, 16)
     ]
     assert set(found.firsts) == {1}
     with pytest.raises(UserError, match="less than one window of 9999"):
-        data.windows(tokenizer, str(tmp_path / "text.txt"), length=9999)
+        example_sets.windows(tokenizer, str(tmp_path / "text.txt"), length=9999)
 
 
 def test_every_epoch_shows_every_example_once_however_it_is_dealt(monkeypatch):
@@ -146,7 +146,7 @@ def test_every_epoch_shows_every_example_once_however_it_is_dealt(monkeypatch):
         micro = []
         for rank in range(ranks):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            mine = data.deal(lengths, step, Training(1e-3, 9, 2, accumulate, seed=5))
+            mine = example_sets.deal(lengths, step, Training(1e-3, 9, 2, accumulate, seed=5))
             assert len(mine) == accumulate
             micro += mine
         return micro
@@ -159,12 +159,3 @@ def test_every_epoch_shows_every_example_once_however_it_is_dealt(monkeypatch):
     assert [lengths[i] for micro in one[0] for i in micro] == sorted(
         (lengths[i] for micro in one[0] for i in micro), reverse=True
     )
-
-
-def test_packs_hold_every_example_once_and_waste_little():
-    lengths = [random.Random(i).randrange(1, 100) for i in range(400)]
-    rows = packing.pack(lengths, 128, seed=0)
-    assert sorted(i for row in rows for i in row) == list(range(400))
-    assert max(sum(lengths[i] for i in row) for row in rows) <= 128
-    assert len(rows) <= math.ceil(sum(lengths) / 128 * 1.05)
-    assert packing.pack(lengths, 128, seed=0) == rows != packing.pack(lengths, 128, seed=1)

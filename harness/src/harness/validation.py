@@ -4,15 +4,14 @@ Legend: B examples, T tokens of the longest, V vocabulary.
 """
 
 import torch
-from harness.divergence import CHUNK_ELEMENTS
-from harness.rouge import rouge_l
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from harness import distributed, engine
-from minillm import generation
-from minillm.data import IGNORED, Examples, collate
+from harness import distributed, engine, responses
+from harness.divergence import CHUNK_ELEMENTS
+from harness.example_sets import IGNORED, Examples, collate
+from harness.rouge import rouge_l
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -55,7 +54,7 @@ def held_out_loss(model, examples: Examples, *, batch: int, pad: int) -> float:
 
 
 def rouge(
-    running, tokenizer, examples: Examples, *, sampling: generation.Sampling, batch: int, seed: int
+    running, tokenizer, examples: Examples, *, sampling: responses.Sampling, batch: int, seed: int
 ) -> float:
     """Rouge-L of responses to the examples' prompts, over all ranks; the same random numbers at
     every look. ``running`` is an engine."""
@@ -63,11 +62,11 @@ def rouge(
     prompts = [ids[:first].tolist() for ids, first in rows]
     answers = [ids[first:] for ids, first in rows]
     references = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    groups = generation.batches(prompts, batch)
+    groups = responses.batches(prompts, batch)
     score = 0.0
     with engine.whole_weights(running) as model:
-        ask = generation.transformers_engine(model, tokenizer, sampling)
-        for group, said in generation.respond(ask, prompts, seed, groups, "responses"):
+        ask = responses.transformers_engine(model, tokenizer, sampling)
+        for group, said in responses.respond(ask, prompts, seed, groups, "responses"):
             texts = tokenizer.batch_decode(said, skip_special_tokens=True)
             score += rouge_l(texts, [references[i] for i in group]) * len(group)
     return distributed.sum_number(score) / len(examples)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from harness.errors import UserError
-from harness.progress import track
-from harness.speed import start_vllm
 from torch import Tensor
 
 from harness import checkpoint, distributed
-from minillm.sampling import pad_left
+from harness.errors import UserError
+from harness.progress import track
+from harness.speed import start_vllm
 
 # From prompts (token ids) and a seed each to the token ids of responses, without the end token.
 Ask = Callable[[list[list[int]], list[int]], list[list[int]]]
@@ -73,6 +72,17 @@ def open_engine(args, folder, device: str, tokenizer, sampling: Sampling, longes
         logging.disable_progress_bar()
     model = checkpoint.load_model(folder, device=device, dtype=args.dtype)
     return transformers_engine(model, tokenizer, sampling)
+
+
+def pad_left(prompts: list[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """int64 [B, P] and its mask, from token ids of any lengths."""
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def end_ids(tokenizer, generation_config) -> list[int]:

@@ -18,15 +18,15 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from harness.divergence import CHUNK_ELEMENTS, LOG_ZERO, RowFunction
-from harness.errors import UserError
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as again
 
 from harness import checkpoint
-from minillm.data import IGNORED, Examples
-from minillm.validation import inputs_of
+from harness.divergence import CHUNK_ELEMENTS, LOG_ZERO, RowFunction
+from harness.errors import UserError
+from harness.example_sets import IGNORED, Examples
+from harness.validation import inputs_of
 
 NOTE = "cache.json"
 SHARD_BYTES = 2**25  # what is in memory before it is written, and what a kill may cost
@@ -99,21 +99,19 @@ class Cache:
     def __init__(self, folder: str | Path, examples: Examples, student_vocabulary: int):
         self.folder = Path(folder)
         if not (self.folder / NOTE).is_file():
-            raise UserError(
-                f"{folder} holds no {NOTE}; make a cache with python -m minillm.cache_teacher."
-            )
+            raise UserError(f"{folder} holds no {NOTE}; make a cache with cache_teacher.")
         note = checkpoint.read_json(self.folder / NOTE)
         if note["content"] != content(examples):
             raise UserError(
                 f"{folder} was made for {note['examples']} other examples, and there are "
-                f"{len(examples)}; give minillm.cache_teacher the same --data, --type, "
+                f"{len(examples)}; give cache_teacher the same --data, --type, "
                 "--train-num, --max-length and --max-prompt-length."
             )
         self.vocabulary = note["vocabulary"]
         if self.vocabulary > student_vocabulary:
             raise UserError(
                 f"{folder} is of {self.vocabulary} logits, the student has {student_vocabulary}; "
-                "give minillm.cache_teacher --student."
+                "give cache_teacher --student."
             )
         self.identity = {key: note[key] for key in ("teacher_files", "top_k", "vocabulary")}
         self.starts = [0, *accumulate(counts(examples))]
@@ -121,7 +119,7 @@ class Cache:
         self._open = {}
 
     def rows(self, indices: list[int]) -> dict[str, Tensor]:
-        """What belongs in the micro-batch of these examples (`minillm.data.collate`): "teacher_ids"
+        """What belongs in the micro-batch of these examples (`example_sets.collate`): "teacher_ids"
         int64, "teacher_log_probs" [R, K] and "teacher_log_tail" [R] float32, the labels of one
         example after those of another."""
         found = [self._example(index) for index in indices]
@@ -166,8 +164,8 @@ def loss(
     """[3]: (1 - kd_ratio) CE + kd_ratio rows, and its two parts, summed over the labels.
 
     Args:
-        rows: of `minillm.losses.ROWS`. logits: the student's [R, V], as wide as the teacher's
-            distribution. labels: int64 [R]. ids, tops, tail: as in :func:`buckets`.
+        rows: a row function, of divergence.py say. logits: the student's [R, V], as wide as
+            the teacher's distribution. labels: int64 [R]. ids, tops, tail: as in :func:`buckets`.
     """
 
     def part(logits, labels, *teacher):
