@@ -1,0 +1,147 @@
+"""A trained result: a dense checkpoint of quantized values, and grid.safetensors with their grids.
+
+The values are the model: any reader of dense checkpoints computes with them. grid.safetensors holds
+"X.scale" [O, G] in the model's dtype and "X.zero" [O, G] uint8 for every quantized linear X, from
+which the codes follow: round(value / scale) + zero. Its metadata has one entry, NOTE, in JSON:
+{"bits", "group_size", "quant_type": "int", "nf3" or "nf4"}; normal-float results hold no grids.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from harness.errors import UserError
+from harness.grid import Grid, QuantizedWeight
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from bitdistiller.quantizer import FakeQuantLinear
+from harness import checkpoint
+
+FILE = "grid.safetensors"
+NOTE = "bitdistiller"
+
+Tensors = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def finish(model: nn.Module) -> tuple[nn.Module, Tensors, dict[str, str]]:
+    """Make the student the plain dense model with the quantized values, in place.
+
+    Returns:
+        the model; tensors and metadata of grid.safetensors.
+    """
+    tensors: Tensors = {}
+    grid = None
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, FakeQuantLinear):
+            continue
+        grid = module.grid
+        quantized = module.quantized()
+        if isinstance(quantized, QuantizedWeight):
+            tensors |= grid_tensors(name, quantized)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module.unwrap())
+    return model, tensors, {NOTE: note(grid)}
+
+
+def grid_tensors(name: str, quantized: QuantizedWeight) -> Tensors:
+    """What grid.safetensors holds of one linear."""
+    return {f"{name}.scale": quantized.scale, f"{name}.zero": quantized.zero}
+
+
+def note(grid) -> str:
+    """The metadata entry."""
+    kind = "int" if isinstance(grid, Grid) else f"nf{grid.bits}"
+    values = {"bits": grid.bits, "group_size": grid.group_size, "quant_type": kind}
+    return json.dumps(values)
+
+
+class Grids:
+    """grid.safetensors of a result folder, opened.
+
+    Attributes:
+        grid: bits and group size; None for normal-float results.
+        names: the quantized linears.
+
+    Raises:
+        UserError: not a result folder, or the file is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = folder / FILE
+        if not path.is_file():
+            raise UserError(
+                f"{folder} holds no {FILE}, so it is not a result of python -m bitdistiller.train "
+                "or .blockwise; run one of them first."
+            )
+        try:
+            self._file = safe_open(path, framework="pt")
+            values = json.loads((self._file.metadata() or {})[NOTE])
+            self.kind = values["quant_type"]
+            self.grid = Grid(values["bits"], values["group_size"]) if self.kind == "int" else None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({checkpoint.one_line(error)}); it is damaged or not of "
+                "this program."
+            ) from error
+        keys = self._file.keys()
+        self.names = {key.removesuffix(".scale") for key in keys if key.endswith(".scale")}
+
+    def quantized(self, name: str, values: torch.Tensor) -> QuantizedWeight:
+        """Codes and grid of linear ``name`` from its stored values [O, I].
+
+        Raises:
+            UserError: the grid does not give these values.
+        """
+        if name not in self.names:
+            raise UserError(f"{self.folder / FILE} lacks {name}; it belongs to another model.")
+        scale, zero = (self._file.get_tensor(f"{name}.{part}") for part in ("scale", "zero"))
+        width = self.grid.columns_per_group(values.shape[1])
+        if scale.shape == zero.shape == (len(values), values.shape[1] / width):
+            grouped = values.float().unflatten(1, (scale.shape[1], -1))
+            codes = torch.round(grouped / scale.float()[..., None]) + zero.float()[..., None]
+            codes = codes.clamp_(0, self.grid.max_code).flatten(1).to(torch.uint8)
+            found = QuantizedWeight(codes, scale, zero, self.grid)
+            if torch.equal(found.dequantize(values.dtype), values):
+                return found
+        raise UserError(
+            f"{self.folder}: the values of {name} are not those of its grid in {FILE}; the folder "
+            "was changed after training. Train again, or take an untouched copy."
+        )
+
+
+def read(folder: Path) -> dict[str, QuantizedWeight]:
+    """Codes and grids of all quantized linears of a result folder.
+
+    Raises:
+        UserError: as :class:`Grids`; or a normal-float result, which has no integer codes.
+    """
+    grids = Grids(Path(folder))
+    if grids.grid is None:
+        raise UserError(f"{folder} holds {grids.kind} values, which have no integer codes.")
+    weights = checkpoint.Weights(grids.folder)
+    transposed = _transposed(weights)
+    found = {}
+    for name in sorted(grids.names):
+        values = weights.read(f"{name}.weight")
+        found[name] = grids.quantized(name, values.T if transposed else values)
+    return found
+
+
+def _transposed(weights: checkpoint.Weights) -> bool:
+    """Whether the blocks' linears are stored [I, O]."""
+    from harness.card import CONV1D
+
+    return weights.config.get("model_type") in CONV1D
+
+
+@torch.no_grad()
+def put_values(model: nn.Module, folder: Path) -> None:
+    """Fill the plain ``model`` with the parameters of a result folder made from it."""
+    theirs = dict(checkpoint.load_dense(folder, model.dtype).named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in theirs or theirs[name].shape != parameter.shape:
+            raise UserError(f"{folder} was made from another model: {name} differs.")
+        parameter.copy_(theirs[name])

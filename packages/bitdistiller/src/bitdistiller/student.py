@@ -1,0 +1,142 @@
+"""The student: the dense model with its blocks' linears computing with quantized weights."""
+
+from pathlib import Path
+
+import torch
+from harness.decoder import find_blocks
+from harness.errors import UserError, nearest
+from harness.grid import Grid, check_group_size
+from harness.stages import get_matrix, linears
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from bitdistiller import result
+from bitdistiller.quantizer import FakeQuantLinear
+
+LEARN = ("weights", "scales", "all")
+
+Ranges = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def build(
+    model: nn.Module,
+    grid: Grid,
+    *,
+    ranges: Ranges | None = None,
+    learn: str = "weights",
+    start: Path | None = None,
+) -> nn.Module:
+    """Make ``model``, a dense causal LM, the student, in place, and return it.
+
+    Every linear of the decoder blocks becomes a :class:`FakeQuantLinear`; ``requires_grad`` is set
+    on what will be trained. Outside the linears that is norms and biases, with ``learn`` "weights"
+    and "all"; embeddings, head and what else is no linear (fused experts) stay as they are.
+
+    Args:
+        ranges: full name of every linear -> (low, high), each [O, G], to which its weights are
+            clamped first.
+        learn: "weights": on the min-max grid of each group at every forward; "all": weights, scales
+            and zero points; "scales": scales alone (the end-to-end stage of EfficientQAT, section
+            3.3).
+        start: a result folder with grid.safetensors, made from this model, whose values, scales and
+            zero points begin instead of the model's.
+
+    Raises:
+        UserError: the group size divides not all linears, ranges or start do not fit the model, or
+            the choices exclude one another.
+    """
+    _check_choices(grid, ranges, learn, start)
+    begun = {} if start is None else _begin(model, Path(start), grid)
+    found = find_linears(model)
+    check_group_size({name: get_matrix(module).shape[1] for name, module in found.items()}, grid)
+    if ranges is not None:
+        _clamp(found, ranges, grid)
+    for name, module in found.items():
+        if start is not None and name not in begun:
+            raise UserError(f"{start} holds no grid of {name}; it was made from another model.")
+        quantized = FakeQuantLinear(
+            module, grid, transposed=isinstance(module, Conv1D), learn=learn,
+            start=begun.pop(name, None),
+        )  # fmt: skip
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, quantized)
+    _mark(model, learn)
+    return model
+
+
+def find_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name -> every linear of the decoder blocks, which are those that get quantized."""
+    prefix, blocks = find_blocks(model)
+    return {
+        f"{prefix}.{index}.{name}": module
+        for index, block in enumerate(blocks)
+        for name, module in linears(block).items()
+    }
+
+
+def share(student: nn.Module, teacher: nn.Module) -> None:
+    """Let the student's frozen parameters be the teacher's tensors, where the two are equal: what
+    both hold (embeddings, head) is in memory once."""
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        other = theirs.get(name)
+        if parameter.requires_grad or other is None or parameter.dtype != other.dtype:
+            continue
+        if torch.equal(parameter, other):
+            parameter.data = other.data
+
+
+def _check_choices(grid, ranges, learn: str, start) -> None:
+    if learn not in LEARN:
+        raise UserError(f"learn {learn}: expected {', '.join(LEARN)}.{nearest(learn, LEARN)}")
+    if learn != "weights" and not isinstance(grid, Grid):
+        raise UserError("normal-float grids have no scales to learn; train the weights alone.")
+    if start is not None and ranges is not None:
+        raise UserError("a result to start from has its grids; give it without clip ranges.")
+    if start is not None and learn == "weights":
+        raise UserError(
+            "the grids of a result to start from would be lost, as weights alone find theirs "
+            "afresh; learn scales or all."
+        )
+
+
+def _begin(model: nn.Module, start: Path, grid: Grid):
+    begun = result.read(start)
+    found = next((weight.grid for weight in begun.values()), grid)
+    if found != grid:
+        raise UserError(
+            f"{start} has {found.bits} bits in groups of {found.group_size}; asked for are "
+            f"{grid.bits} in groups of {grid.group_size}. Give those flags as it has them."
+        )
+    result.put_values(model, start)
+    return begun
+
+
+@torch.no_grad()
+def _clamp(found: dict[str, nn.Module], ranges: Ranges, grid) -> None:
+    for name, module in found.items():
+        if name not in ranges:
+            raise UserError(f"the clip ranges lack {name}; they belong to another model.")
+        low, high = ranges[name]
+        matrix = get_matrix(module)
+        width = grid.columns_per_group(matrix.shape[1])
+        wanted = (len(matrix), matrix.shape[1] // width)
+        if low.shape != wanted or high.shape != wanted:
+            raise UserError(
+                f"the clip ranges of {name} have shape {list(low.shape)}; {list(wanted)} is "
+                "expected. They belong to another model or group size."
+            )
+        low, high = (t.to(matrix)[..., None] for t in (low, high))
+        matrix.copy_(matrix.unflatten(1, (-1, width)).clamp(low, high).flatten(1))
+
+
+def _mark(model: nn.Module, learn: str) -> None:
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, FakeQuantLinear):
+            module.requires_grad_(learn != "scales")
+            if module.scale is not None:
+                module.scale.requires_grad_()
+    if learn != "scales":
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad or parameter.dim() == 1)
