@@ -91,7 +91,9 @@ def ended(pid) -> int:
 def update(matrices, hessian, where):
     size = hessian.mean().diagonal().sqrt()
     return {
-        name: sequential.Update(nearest(m * (1 + size / 64), GRID, m.dtype), size.mean().item())
+        name: sequential.Update(
+            nearest(m * (1 + size / 64), GRID, m.dtype), size.mean().item(), side={"size": m @ size}
+        )
         for name, m in matrices.items()
     }
 
@@ -101,8 +103,9 @@ def main(source, folder, times, seed, *renames):
 
     decoder.TOKENS_PER_BATCH = 48
     method = sequential.Method(
-        "packing", {}, update, Hessian, layout="compressed-tensors", grid=GRID
-    )
+        "packing", {}, update, Hessian, layout="compressed-tensors", grid=GRID,
+        side_file="sizes.safetensors", side_note={"note": "of the inputs"},
+    )  # fmt: skip
 
     def run(out):
         def body():

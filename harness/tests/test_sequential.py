@@ -15,6 +15,7 @@ from harness.errors import UserError
 from harness.grid import Grid, nearest
 from harness.sequential import Method, Update, compress
 from harness.stages import get_matrix, linears, set_matrix
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from harness import block_pass, sequential, writer
@@ -233,6 +234,48 @@ def test_an_interrupted_pass_goes_on_with_the_same_result(sources, tmp_path, cap
     assert {p.name for p in tmp_path.iterdir()} == {"out", "straight"}
 
 
+def noting(seen, fail_at=None):
+    """Side tensors of some linears: their weights times how large their inputs were."""
+
+    def update(matrices, statistics, where):
+        if where.index == fail_at:
+            raise Interrupted
+        size = torch.cat(statistics.inputs).square().mean().sqrt()
+        updates = {n: Update(coarse(m), side={"size": m * size}) for n, m in matrices.items()}
+        if "self_attn.q_proj" in updates:
+            updates["self_attn.q_proj"].side = {}
+        for name, update in updates.items():
+            for key, tensor in update.side.items():
+                seen[f"{where.prefix}.{name}.{key}"] = tensor
+        return updates
+
+    note = {"note": "root mean square"}
+    return Method("noting", {}, update, Recorder, side_file="sizes.safetensors", side_note=note)
+
+
+def test_side_tensors_end_in_a_file_of_their_own(sources, tmp_path):
+    source, out, seen = sources["llama"], tmp_path / "out", {}
+    run(source, tmp_path / "straight", noting(seen))
+    with safe_open(tmp_path / "straight" / "sizes.safetensors", framework="pt") as file:
+        assert file.metadata() == {"note": "root mean square"}
+        assert set(file.keys()) == set(seen) and len(seen) == 6 * families.LAYERS
+        assert "model.layers.3.mlp.down_proj.size" in seen
+        assert all(torch.equal(file.get_tensor(name), seen[name]) for name in seen)
+    index = json.loads((tmp_path / "straight" / "model.safetensors.index.json").read_text())
+    assert not set(seen) & set(index["weight_map"])
+    with pytest.raises(Interrupted):
+        run(source, out, noting({}, fail_at=3))
+    with pytest.raises(UserError, match="another run"):
+        run(source, out, packing())
+    run(source, out, noting({}))
+    assert runs.contents(out) == runs.contents(tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        run(source, out, noting({}, fail_at=2), overwrite=True)
+    run(source, out, packing(), overwrite=True, resume=False)
+    assert not (out / "sizes.safetensors").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "straight"}
+
+
 def test_another_runs_blocks_are_not_taken(sources, tmp_path):
     source, out = sources["llama"], tmp_path / "out"
     interrupted(source, out, calibration=CALIBRATION)
@@ -376,15 +419,15 @@ def killed_runs_equal_the_undisturbed_one(source, folder, times, seed, renames):
     runs.killed_runs_equal_the_straight_one(folder, 2 + times + len(renames), *words)
 
 
-# 0 is the state file, 1 and 2 belong to the first block, 9 and 10 to the last, 17 is the result's
-# own, -1 after it.
+# 0 is the state file, 1 to 3 belong to the first block (state, side tensors, shard), 13 to 15 to
+# the last, 22 is the side file, 23 the result's own, -1 after it.
 def test_killed_passes_resume_to_the_same_bytes(sources, tmp_path):
-    killed_runs_equal_the_undisturbed_one(sources["llama"], tmp_path, 3, 0, [0, 2, 6, 17, -1])
+    killed_runs_equal_the_undisturbed_one(sources["llama"], tmp_path, 3, 0, [0, 3, 9, 23, -1])
 
 
 @pytest.mark.slow
 def test_passes_killed_at_ten_moments_and_at_every_rename(sources, tmp_path):
-    killed_runs_equal_the_undisturbed_one(sources["llama"], tmp_path, 10, 1, [*range(18), -1])
+    killed_runs_equal_the_undisturbed_one(sources["llama"], tmp_path, 10, 1, [*range(24), -1])
 
 
 def test_shards_are_readable_as_the_umask_says(tmp_path):

@@ -2,7 +2,7 @@
 
 A method is two functions: ``statistics(columns, device)`` makes an object with ``add(inputs)`` and
 ``reduce()`` (None for methods that look at no data), and ``update(weights, statistics, where)``
-maps the stage's matrices [out, in] float32 to :class:`Update`.
+maps the stage's matrices [out, in] float32 to :class:`Update`; :class:`Where` names the block.
 
 In true-sequential order a stage sees the effect of the earlier ones, and its block runs once
 (stages.py). In the plain order all statistics come from the block's original weights, at the price
@@ -29,11 +29,22 @@ PROBE_TOKENS = 16
 
 @dataclass
 class Update:
-    """A linear's new weight [out, in] and its relative output error |(W - W')X|² / |WX|²."""
+    """A linear's new weight [out, in], its relative output error |(W - W')X|² / |WX|², and tensors
+    that are no part of the model: ``side["low"]`` of linear X goes to the side file as X.low."""
 
     weight: torch.Tensor | QuantizedWeight
     error: float | None = None
     note: dict = field(default_factory=dict)
+    side: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Where(str):
+    """ "block 3", for messages; its ``index`` 3; its ``prefix`` "model.layers.3"."""
+
+    def __new__(cls, index: int, blocks: str):
+        self = super().__new__(cls, f"block {index}")
+        self.index, self.prefix = index, f"{blocks}.{index}"
+        return self
 
 
 @dataclass
@@ -43,22 +54,26 @@ class Method:
     Attributes:
         name: for the card and the log.
         settings: recorded in recipe.yaml; a resumed run must agree with them.
-        update: (stage's matrices by name, statistics or None, "block 3") -> Update by name.
+        update: (stage's matrices by name, statistics or None, Where) -> Update by name.
         statistics: (columns, device) -> accumulator, or None.
         true_sequential: the order, see above.
         layout: one of :data:`harness.formats.FORMATS` or PRUNED_FORMATS.
         grid: of the packed result; None for dense and bitmask.
         actorder: whether packed groups were solved in act-order (recorded in the config).
+        side_file: of the result, for the side tensors of all updates. side_note: its metadata, one
+            entry.
     """
 
     name: str
     settings: dict
-    update: Callable[[dict[str, torch.Tensor], Any, str], dict[str, Update]]
+    update: Callable[[dict[str, torch.Tensor], Any, Where], dict[str, Update]]
     statistics: Callable[[int, torch.device], Any] | None = None
     true_sequential: bool = True
     layout: str = "dense"
     grid: Grid | None = None
     actorder: bool = False
+    side_file: str | None = None
+    side_note: dict[str, str] | None = None
 
 
 class BlockPass:
@@ -80,12 +95,12 @@ class BlockPass:
         self.probe = decoder.embed(windows[:1, :PROBE_TOKENS])
         self.hidden = [decoder.embed(part).to(self.store) for part in parts]
 
-    def compress(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
-        """Compress one block: its tensors as stored, and its log rows."""
+    def compress(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict], dict]:
+        """Compress one block: its tensors as stored, its log rows, its side tensors."""
         started = time.perf_counter()
         decoder = self.decoder
         block = decoder.load(index)
-        where = f"block {index}"
+        where = Where(index, decoder.prefix)
         if self.method.statistics is None:
             stages = [[name] for name in linears(block)]
             updates = {}
@@ -103,7 +118,12 @@ class BlockPass:
         tensors, linear_bytes = self._stored(index, block, updates)
         rows = self._rows(index, block, updates, linear_bytes)
         self._report(index, rows, time.perf_counter() - started)
-        return tensors, rows
+        side = {
+            f"{where.prefix}.{name}.{key}": tensor
+            for name, update in updates.items()
+            for key, tensor in update.side.items()
+        }
+        return tensors, rows, side
 
     def replay(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Run a finished block from disk, for the hidden states behind it."""

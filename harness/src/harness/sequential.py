@@ -13,14 +13,14 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from harness import card, distributed, formats, memory, preflight, writer
-from harness.block_pass import BlockPass, Method, Update
+from harness.block_pass import BlockPass, Method, Update, Where
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.perplexity import window_length
 from harness.progress import track
 from harness.stages import linears
 
-__all__ = ["LOG", "Method", "Update", "compress"]
+__all__ = ["LOG", "Method", "Update", "Where", "compress"]
 
 LOG = "compression_log.json"
 
@@ -82,8 +82,10 @@ def compress(
             tensors, block_rows = shards.read_block(index)
             blocks.replay(index, tensors)
         else:
-            tensors, block_rows = blocks.compress(index)
-            distributed.lead(lambda i=index, t=tensors, r=block_rows: shards.write_block(i, t, r))
+            tensors, block_rows, side = blocks.compress(index)
+            block = (index, tensors, block_rows, side)
+            distributed.lead(lambda b=block: shards.write_block(*b))
+            del block, side
         decoder.release(index)
         del tensors
         memory.give_back()
@@ -151,4 +153,5 @@ def _finish(decoder, method, shards, step, rows, conv1d, quantization) -> None:
         "README.md": card.model_card(step["base"], step, method.layout, sizes, engines),
         LOG: json.dumps({**step, "layers": rows}, indent=1) + "\n",
     }
-    shards.finish(outer, config, texts)
+    side = (method.side_file, method.side_note) if method.side_file else None
+    shards.finish(outer, config, texts, side)

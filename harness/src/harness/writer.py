@@ -3,6 +3,8 @@
 While a run is under way ``OUT.partial/`` holds finished shards under their final names, and
 ``OUT.partial.json`` says what run they belong to and holds their log. At the end the folder is
 renamed to ``OUT``. One shard holds what lies outside the blocks, then comes one shard per block.
+Tensors that are no part of the model wait in ``OUT.side.partial/``, a file per block, and end as
+one file of the result.
 """
 
 import errno
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from harness import __version__, bitmask, checkpoint, formats
 from harness.errors import UserError
@@ -35,19 +37,22 @@ SIDE_FILES = (
 
 
 def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> dict:
-    """What a resumed run must have in common with the interrupted one.
-
-    Model files by name, size and a hash of their first and last mebibyte (whole files of a large
-    model take minutes to hash); calibration tokens by hash; settings and library versions.
-    """
-    files = sorted([*checkpoint.Weights(folder).files(), "config.json"])
+    """What a resumed run must have in common with the interrupted one: model files, calibration
+    tokens by hash, settings and library versions."""
     data = "none" if windows is None else _sha(windows.contiguous().numpy().tobytes())
     return {
         "settings": settings,
-        "model": {name: _sample_hash(folder / name) for name in files},
+        "model": model_files(folder),
         "calibration": data,
         "versions": {name: version(name) for name in VERSIONS} | {"harness": __version__},
     }
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """Weight files and config.json by name: size and a hash of the first and last mebibyte (whole
+    files of a large model take minutes to hash)."""
+    files = sorted([*checkpoint.Weights(folder).files(), "config.json"])
+    return {name: _sample_hash(folder / name) for name in files}
 
 
 def _sha(data: bytes) -> str:
@@ -88,6 +93,7 @@ class Writer:
         self.overwrite = overwrite
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.identity_file = self.out.with_name(self.out.name + ".partial.json")
+        self.side_folder = self.out.with_name(self.out.name + ".side.partial")
         if not lead:
             return
         check_out(self.out, overwrite)
@@ -110,8 +116,9 @@ class Writer:
 
     def _forget(self) -> None:
         self.identity_file.unlink(missing_ok=True)
-        if self.partial.is_dir():
-            shutil.rmtree(self.partial)
+        for folder in (self.partial, self.side_folder):
+            if folder.is_dir():
+                shutil.rmtree(folder)
 
     def _read_state(self) -> dict:
         return json.loads(self.identity_file.read_text())
@@ -129,13 +136,26 @@ class Writer:
         done = (i for i in range(self.blocks) if not self.shard(1 + i).is_file())
         return next(done, self.blocks)
 
-    def write_block(self, index: int, tensors: dict[str, torch.Tensor], rows: list[dict]) -> None:
-        """Store block ``index``; ``rows`` are its lines of the log (deterministic values only)."""
+    def write_block(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        rows: list[dict],
+        side: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Store block ``index``; ``rows`` are its lines of the log (deterministic values only),
+        ``side`` what :meth:`finish` collects from all blocks."""
         # Not in the shard's metadata: the library writes two keys in an order of its own choice,
         # and results would differ from run to run.
         self.state["log"][index:] = [rows]
         self._write_state()
+        if side:  # first, because a block with a shard counts as finished
+            self.side_folder.mkdir(exist_ok=True)
+            save_tensors(self._side_part(index), side)
         save_tensors(self.shard(1 + index), tensors)
+
+    def _side_part(self, index: int) -> Path:
+        return self.side_folder / f"{index + 1:05d}.safetensors"
 
     def read_block(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
         """Physical tensors and log rows of a finished block."""
@@ -143,13 +163,20 @@ class Writer:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, self._read_state()["log"][index]
 
-    def finish(self, outer: dict[str, torch.Tensor], config: dict, texts: dict[str, str]) -> Path:
+    def finish(
+        self,
+        outer: dict[str, torch.Tensor],
+        config: dict,
+        texts: dict[str, str],
+        side: tuple[str, dict[str, str]] | None = None,
+    ) -> Path:
         """Write the rest and rename the folder to its final name.
 
         Args:
             outer: tensors outside the blocks.
             config: the whole of config.json.
             texts: further files by name (model card, recipe, log).
+            side: name and metadata of the file that takes the blocks' side tensors.
         """
         save_tensors(self.shard(0), outer)
         weight_map, total = {}, 0
@@ -163,8 +190,14 @@ class Writer:
         write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
         for name, text in texts.items():
             write_text(self.partial / name, text)
+        if side:
+            name, note = side
+            parts = (self._side_part(index) for index in range(self.blocks))
+            tensors = {n: t for part in parts if part.is_file() for n, t in load_file(part).items()}
+            save_tensors(self.partial / name, tensors, note)
         replaced = put_in_place(self.partial, self.out, self.overwrite)
         self.identity_file.unlink(missing_ok=True)
+        shutil.rmtree(self.side_folder, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
         return self.out
 
@@ -227,12 +260,15 @@ def write_text(path: Path, text: str) -> None:
         raise disk_error(path, error) from error
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """One safetensors file, written beside and renamed."""
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """One safetensors file, written beside and renamed. ``metadata``: one entry, because the
+    library writes two in an order of its own choice."""
     beside = path.with_name(path.name + ".tmp")
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(ready, beside, metadata={"format": "pt"})
+        save_file(ready, beside, metadata=metadata or {"format": "pt"})
         beside.chmod(file_mode())
         os.replace(beside, path)
     except Exception as error:

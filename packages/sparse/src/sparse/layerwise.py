@@ -153,11 +153,10 @@ def prune(
         names = {index: [n for i, n in chosen if i == index] for index, _ in chosen}
         per_block = owl(decoder, windows, names, goal.sparsity, owl_m, owl_lambda)
 
-    def target(where: str, name: str) -> methods.Target | None:
-        index = int(where.removeprefix("block "))
-        if (index, name) not in chosen:
+    def target(where: sequential.Where, name: str) -> methods.Target | None:
+        if (where.index, name) not in chosen:
             return None
-        return methods.Target(per_block.get(index, goal.sparsity), goal.n, goal.m)
+        return methods.Target(per_block.get(where.index, goal.sparsity), goal.n, goal.m)
 
     if method == "sparsegpt":
         job.update = methods.sparsegpt(
