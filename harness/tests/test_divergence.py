@@ -60,6 +60,21 @@ def test_value_and_gradient_equal_the_formula(name, temperature, logits):
     torch.testing.assert_close(student.grad.double(), twin.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_cakld_is_its_formula(beta, logits):
+    """Its ends are the two KL divergences; the gradient is checked by differences too."""
+    teacher, student = (x.double().flatten(0, 1)[:6, :7] for x in logits)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    log_p = teacher.log_softmax(-1)
+    found = d.cakld_rows(log_p, student.log_softmax(-1), beta)
+    torch.testing.assert_close(found, beta * kl(q, p) + (1 - beta) * kl(p, q))
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: d.cakld_rows(log_p, x.log_softmax(-1), beta), student)
+    whole = d.mean_over_rows(partial(d.cakld_rows, beta=beta), *(x.float() for x in logits))
+    forward, reverse = d.forward_kl(*logits), d.reverse_kl(*logits)
+    torch.testing.assert_close(whole, beta * reverse + (1 - beta) * forward)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_do_not_change_the_value(name, logits):
     whole = measure(name)(*logits, chunk=1000)

@@ -7,7 +7,7 @@ student's dtype. Gradients reach the student only. A row function maps two log-p
 [R, V] to [R]; a new loss is a new row function handed to `sum_over_rows` or `mean_over_rows`.
 
 Sources: Hinton et al. 2015 (forward KL), MiniLLM arXiv 2306.08543 (reverse KL), GKD arXiv
-2306.13649 (generalised JSD).
+2306.13649 (generalised JSD), BitDistiller arXiv 2402.10631 (CAKLD).
 """
 
 import math
@@ -44,6 +44,11 @@ def jsd_rows(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1, per row."""
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     return beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
+
+
+def cakld_rows(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """beta KL(q || p) + (1 - beta) KL(p || q) per row (CAKLD, BitDistiller eq. 6)."""
+    return (((1 - beta) * log_p.exp() - beta * log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
 def tv_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
