@@ -1,24 +1,16 @@
-"""What the command ``minillm.generate`` does: prompts in, a file of responses out, resumable.
+"""What the command ``minillm.generate`` does: prompts in, a file of responses out, resumable."""
 
-While a run is under way ``OUT.partial/`` holds what each rank has, a line a response, and
-``OUT.partial.json`` says what run it is. At the end the responses are written in the order of the
-prompts, beside and renamed.
-"""
-
-import hashlib
-import json
-import shutil
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.perplexity import context_length
 
-from harness import checkpoint, distributed, example_sets, responses, writer
+from harness import checkpoint, distributed, example_sets, response_file, responses
 from minillm import flags
 
 BATCH = {"transformers": 16, "vllm": 1024}
-# What does not change what is said: neither does the device, but for rounding.
-FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank")
+# What does not change what is said, but for rounding.
+FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "batch_size")
 
 
 def generate(args) -> dict[str, int] | None:
@@ -32,8 +24,7 @@ def generate(args) -> dict[str, int] | None:
     """
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
-    if out.is_dir() or (out.exists() and not (args.overwrite or args.dry_run)):
-        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
+    response_file.check(out, args.overwrite or args.dry_run)
     pairs = example_sets.pairs(args.data, "train")[: args.gen_num]
     tokenizer = checkpoint.load_tokenizer(source)
     sampling, longest = how(args, source)
@@ -49,25 +40,19 @@ def generate(args) -> dict[str, int] | None:
         print(f"{len(groups)} batches of at most {args.batch_size} -> {out}")
         return None
     settings = {k: v for k, v in vars(args).items() if k not in FREE and v is not None}
-    identity = writer.fingerprint(source, None, settings)
-    identity["prompts"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    partial = out.with_name(out.name + ".partial")
-    file = out.with_name(out.name + ".partial.json")
-    done = distributed.lead(lambda: _open(partial, file, identity, args.resume))
-    if done:
-        distributed.say(f"resuming: {len(done)} responses are there")
-    rest = [group for group in groups if not done.issuperset(group)]
-    if rest:
-        ask = responses.open_engine(args, source, device, tokenizer, sampling, longest)
-        with (partial / f"rank-{distributed.rank()}.jsonl").open("w") as lines:
-            for group, said in responses.respond(ask, prompts, args.seed, rest, "responses"):
-                read = tokenizer.batch_decode(said, skip_special_tokens=True)
-                for index, text, ids in zip(group, read, said, strict=True):
-                    cut = len(ids) == sampling.new_tokens
-                    lines.write(json.dumps([index, text, len(ids), cut]) + "\n")
-                lines.flush()
-        distributed.sum_number(0.0)  # every rank has written
-    return distributed.lead(lambda: _finish(partial, file, texts, out))
+    said = response_file.write(
+        out,
+        lambda: responses.open_engine(args, source, device, tokenizer, sampling, longest),
+        tokenizer, prompts, groups, sampling.new_tokens,
+        lambda index, said: {"prompt": texts[index], "response": said.text},
+        run=response_file.identity(source, settings, texts), seed=args.seed, resume=args.resume,
+    )  # fmt: skip
+    return {
+        "responses": len(said),
+        "tokens": sum(s.tokens for s in said),
+        "empty": sum(not s.text.strip() for s in said),
+        "not ended at the limit": sum(not s.ended for s in said),
+    }
 
 
 def how(args, source: Path) -> tuple[responses.Sampling, int]:
@@ -105,49 +90,3 @@ def short(args, name: str, tokenizer, texts: list[str]) -> tuple[list[int], list
 
 def left_out(count: int, args) -> str:
     return f"; {count} left out, their prompt has more than {args.max_prompt_length}" * bool(count)
-
-
-def _rows(partial: Path) -> dict[int, list]:
-    """Index -> line of all responses there; a line that was cut off is not one."""
-    found = {}
-    for path in partial.glob("*.jsonl"):
-        for line in path.read_text().splitlines():
-            try:
-                index, *row = json.loads(line)
-            except ValueError:
-                continue
-            found[index] = row
-    return found
-
-
-def _open(partial: Path, file: Path, identity: dict, resume: bool) -> set[int]:
-    """Make or take up the folder; which responses are there."""
-    rows = _rows(partial) if resume and file.is_file() else {}
-    if rows:
-        writer.refuse_other_run(partial, json.loads(file.read_text()), identity)
-    # One file of what all ranks had: the next run may have other ranks.
-    kept = partial / "kept.jsonl"
-    partial.mkdir(parents=True, exist_ok=True)
-    writer.write_text(kept, "".join(json.dumps([i, *row]) + "\n" for i, row in rows.items()))
-    for path in partial.glob("rank-*.jsonl"):
-        path.unlink()
-    writer.write_text(file, json.dumps(identity, indent=1))
-    return set(rows)
-
-
-def _finish(partial: Path, file: Path, texts: list[str], out: Path) -> dict[str, int]:
-    rows = _rows(partial)
-    lines = [
-        json.dumps({"prompt": text, "response": rows[index][0]}) + "\n"
-        for index, text in enumerate(texts)
-    ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    writer.write_text(out, "".join(lines))
-    file.unlink(missing_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    return {
-        "responses": len(lines),
-        "tokens": sum(row[1] for row in rows.values()),
-        "empty": sum(not row[0].strip() for row in rows.values()),
-        "not ended at the limit": sum(row[2] for row in rows.values()),
-    }
