@@ -11,13 +11,14 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "harness", "gptq", "sparse", "minillm", "house", "vllm"]
+METHODS = ("gptq", "sparse", "minillm", "bitdistiller")
+nox.options.sessions = ["lint", "harness", *METHODS, "house", "vllm"]
 
 # Waiting threads sleep: spinning ones slow a busy machine down by ten times and more (measured).
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
 CPU_TORCH = "2.13.0+cpu"
-PACKAGES = ("./packages/gptq[test]", "./packages/sparse[test]", "./packages/minillm[test]")
+PACKAGES = tuple(f"./packages/{name}[test]" for name in METHODS)
 # Not in constraints.txt: a CUDA build of torch pins its own.
 TRITON = "triton==3.7.1"
 
@@ -76,6 +77,13 @@ def minillm(session: nox.Session) -> None:
 
 
 @nox.session
+def bitdistiller(session: nox.Session) -> None:
+    """Tests of clipping, teacher data, quantization-aware training and export."""
+    install(session, "./packages/bitdistiller[test]")
+    run_pytest(session, "packages/bitdistiller/tests")
+
+
+@nox.session
 def house(session: nox.Session) -> None:
     """Tests across packages: who imports whom, the README's commands, the recipes."""
     install(session, *PACKAGES, "bitsandbytes")
@@ -115,5 +123,7 @@ def vllm(session: nox.Session) -> None:
         "gptq/tests/test_vllm",
         "sparse/tests/test_sparse_vllm",
         "minillm/tests/test_minillm_vllm",
+        "bitdistiller/tests/test_bitdistiller_vllm",
+        "bitdistiller/tests/test_bitdistiller_generate_vllm",
     )
     run_pytest(session, *(f"packages/{name}.py" for name in names))
