@@ -14,8 +14,9 @@ from harness.errors import UserError
 DONE, FAULT, MENDABLE, INTERRUPTED = 0, 1, 2, 130
 
 
-def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that mean the same in every command of the house (design section 6).
+def add_shared_flags(parser: argparse.ArgumentParser, seed: int = 0) -> None:
+    """Add the flags that mean the same in every command of the house (design section 6); ``seed``
+    is the default of --seed.
 
     `--out` is a path or None; `--device` and `--dtype` are strings, "auto" by default;
     `--resume` is a bool, True by default.
@@ -23,7 +24,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("shared by all commands")
     group.add_argument("--out", metavar="PATH", help="where the result is written")
     add_numerics(group)
-    group.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
+    group.add_argument(
+        "--seed", type=int, default=seed, help=f"of every random choice (default {seed})"
+    )
     group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,

@@ -79,8 +79,8 @@ def _json_rows(path: Path) -> list:
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
-        # Many .json files hold one object per line.
-        if "\n" in text.strip() and text.lstrip().startswith("{"):
+        # Many .json files hold one row per line.
+        if "\n" in text.strip() and text.lstrip().startswith(("{", "[[")):
             return _jsonl_rows(path)
         raise UserError(f"{path}: not JSON ({error})") from error
     if isinstance(whole, dict):
@@ -117,8 +117,27 @@ def _parquet_rows(path: Path) -> list[dict]:
         raise UserError(f"{path}: not a whole parquet file ({error})") from error
 
 
+def _fields(row):
+    """A row that is no object as one: a string, or BitDistiller's [[prompt, response]]."""
+    if isinstance(row, str):
+        return {"text": row}
+    pair = row[0] if isinstance(row, list) and len(row) == 1 else row
+    if isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair):
+        return {"prompt": pair[0], "response": pair[1]}
+    return row
+
+
+def line_of(path: Path, number: int) -> int:
+    """The line of row ``number`` (from 1): blank lines of a jsonl file are no rows."""
+    if kind(path) == ".jsonl":
+        full = (line for line, text in _lines(path) if text.strip())
+        return next(line for row, line in enumerate(full, 1) if row == number)
+    return number
+
+
 def rows(path: Path) -> list[dict]:
-    """The rows of one file as dicts; .txt and plain strings become {"text": ...}.
+    """The rows of one file as dicts; .txt and plain strings become {"text": ...}, and a list
+    [[prompt, response]] an instruction.
 
     Raises UserError naming file and line where it is not what its name says.
     """
@@ -131,10 +150,13 @@ def rows(path: Path) -> list[dict]:
         ".csv": _csv_rows,
         ".parquet": _parquet_rows,
     }[form]
-    found = [{"text": row} if isinstance(row, str) else row for row in reader(path)]
+    found = [_fields(row) for row in reader(path)]
     for number, row in enumerate(found, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}: expected an object, found {row!r:.60}")
+            raise UserError(
+                f"{path}, line {line_of(path, number)}: expected an object or "
+                f"[[prompt, response]], found {row!r:.60}"
+            )
     return found
 
 

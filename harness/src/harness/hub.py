@@ -22,13 +22,18 @@ C4_SHARDS = {
 
 def load(name: str, split: str):
     """One split of a named corpus as a `datasets.Dataset`; UserError where it cannot be had."""
-    import datasets
-
     repository, options = SOURCES[name]
     if name == "c4":
         # One shard of many: the sizes recorded for the whole split would not match.
         shard = {split: C4_SHARDS[split]}
         options = {"data_files": shard, "verification_mode": "no_checks"}
+    return fetch(name, repository, split, options)
+
+
+def fetch(name: str, repository: str, split: str, options: dict):
+    """One split of any repository, called ``name`` in the error; as :func:`load`."""
+    import datasets
+
     try:
         return datasets.load_dataset(repository, split=split, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -61,11 +61,13 @@ def respond(
         yield group, ask([prompts[i] for i in group], [seed * SEEDS + i for i in group])
 
 
-def open_engine(args, folder, device: str, tokenizer, sampling: Sampling, longest: int) -> Ask:
+def open_engine(
+    args, folder, device: str, tokenizer, sampling: Sampling, longest: int, gpus: int | None = None
+) -> Ask:
     """The engine of --engine, with the model at ``folder`` in it; ``longest`` tokens at most, with
-    the prompt."""
+    the prompt; in vLLM on ``gpus`` GPUs (None: on all)."""
     if args.engine == "vllm":
-        return vllm_engine(folder, tokenizer, sampling, longest, args.dtype)
+        return vllm_engine(folder, tokenizer, sampling, longest, args.dtype, gpus)
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
@@ -179,8 +181,11 @@ def without_repeats(ids: Tensor, scores: Tensor, size: int) -> Tensor:
     return scores.masked_fill(banned > 0, -torch.inf)
 
 
-def vllm_engine(folder, tokenizer, sampling: Sampling, longest: int, dtype: str) -> Ask:
-    """The checkpoint at ``folder`` in vLLM, on all GPUs of this machine, or the CPU.
+def vllm_engine(
+    folder, tokenizer, sampling: Sampling, longest: int, dtype: str, gpus: int | None = None
+) -> Ask:
+    """The checkpoint at ``folder`` in vLLM, on so many GPUs of this machine (None: all), or the
+    CPU. What was asked before changes no answer: prompts are not cached.
 
     Raises:
         UserError: vLLM is not installed, cannot load it, or lacks what is asked for.
@@ -200,8 +205,8 @@ def vllm_engine(folder, tokenizer, sampling: Sampling, longest: int, dtype: str)
         own = GenerationConfig()
     ends = end_ids(tokenizer, own)
     model = start_vllm(
-        folder, dtype=dtype, max_model_len=longest, seed=0,
-        tensor_parallel_size=max(1, torch.cuda.device_count()), generation_config="vllm",
+        folder, dtype=dtype, max_model_len=longest, seed=0, enable_prefix_caching=False,
+        tensor_parallel_size=gpus or max(1, torch.cuda.device_count()), generation_config="vllm",
     )  # fmt: skip
     from vllm import SamplingParams
 
