@@ -5,6 +5,9 @@ import torch
 from bitdistiller import quantizer
 from bitdistiller.quantizer import fake_quantize, fake_quantize_with
 from harness.grid import Grid, QuantizedWeight, nearest
+from harness.normal_float import NormalFloat
+
+from harness import normal_float
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRIDS = [Grid(2, 16), Grid(3, 8), Grid(4, -1), Grid(8, 16)]
@@ -115,3 +118,34 @@ def test_a_scale_that_was_learned_below_zero_stays_usable():
     weight, grid = example(), Grid(2, 16)
     scale, zero = torch.full((12, 2), -0.1), torch.ones(12, 2)
     assert torch.isfinite(fake_quantize_with(weight, scale, zero, grid)).all()
+
+
+def naive_levels(weight, grid, dtype):
+    """A scale for each sign, rounding to levels straight-through; [O, I] float64."""
+    groups = weight.view(-1, grid.columns_per_group(weight.shape[1]))
+    tiny = torch.finfo(dtype).tiny
+    scales = [
+        through(s, s.float().to(dtype).double())
+        for end in (groups.amax(1, keepdim=True), -groups.amin(1, keepdim=True))
+        for s in [end.clamp(min=tiny)]
+    ]
+    scale = torch.where(groups >= 0, *scales)
+    share = groups / scale
+    near = (share.detach()[..., None] - grid.levels.double()).abs().argmin(-1)
+    return (through(share, grid.levels.double()[near]) * scale).view_as(weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", [NormalFloat(3, 16), NormalFloat(4, -1)])
+def test_normal_float(grid, dtype, monkeypatch):
+    monkeypatch.setattr(quantizer, "CHUNK", 64)
+    weight, gradient = example().to(dtype).requires_grad_(), example(seed=1).to(dtype)
+    found = fake_quantize(weight, grid)
+    values = weight.detach().float()
+    assert torch.equal(found, normal_float.nearest(values, grid, dtype).to(dtype))
+    found.backward(gradient)
+    oracle = weight.detach().double().requires_grad_()
+    naive_levels(oracle, grid, dtype).backward(gradient.double())
+    assert (oracle.grad - gradient.double()).abs().max() > 0.1
+    close = {"rtol": 1e-6, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 0.01, "atol": 1e-3}
+    assert torch.allclose(weight.grad.double(), oracle.grad, **close)

@@ -8,10 +8,11 @@ import torch
 from bitdistiller import quantizer, result, student
 from harness.errors import UserError
 from harness.grid import Grid, nearest
+from harness.normal_float import NormalFloat
 from harness.stages import get_matrix, set_matrix
 from transformers import AutoModelForCausalLM
 
-from harness import save, writer
+from harness import normal_float, save, writer
 
 GRID = Grid(2, 16)
 IDS = families.windows(2, 12)
@@ -170,3 +171,17 @@ def test_refused_starts(tmp_path):
     refuses("changed after training", start=folder, learn="scales")
     (folder / result.FILE).write_bytes(b"not this")
     refuses("cannot be read", start=folder, learn="scales")
+
+
+def test_normal_float_student(tmp_path):
+    model, grid = families.save("llama", tmp_path / "dense"), NormalFloat(3, 16)
+    built = student.build(copy.deepcopy(model), grid)
+    for module in student.find_linears(model).values():
+        set_matrix(module, normal_float.nearest(get_matrix(module), grid, model.dtype))
+    expected = logits(built)
+    assert torch.equal(expected, logits(model))
+    folder = stored(built, tmp_path / "dense", tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
+    assert result.Grids(folder).kind == "nf3"
+    refuses("no scales to learn", grid=grid, learn="all")
+    refuses("nf3 values", grid=GRID, learn="scales", start=folder)

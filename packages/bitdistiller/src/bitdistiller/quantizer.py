@@ -15,29 +15,34 @@ from types import SimpleNamespace
 
 import torch
 from harness.grid import Grid, QuantizedWeight, nearest, round_to_codes, weight_scales
+from harness.normal_float import NormalFloat
 from torch import nn
+
+from harness import normal_float
 
 CHUNK = 2**18
 
 
 def fake_quantize(
-    weight: torch.Tensor, grid: Grid, dtype: torch.dtype | None = None
+    weight: torch.Tensor, grid: Grid | NormalFloat, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Every group of ``weight`` on the min-max grid of its own values (BitDistiller section 3.3,
     the quantizers ``Ste*Quantizer`` of its code).
 
     Args:
-        weight: [O, I], any float dtype. grid: asymmetric.
+        weight: [O, I], any float dtype. grid: asymmetric where of integers.
         dtype: of the result and of the stored scale (default: the weight's).
 
     Returns:
-        [O, I] in ``dtype``: ``nearest(weight.float(), grid, dtype).dequantize(dtype)``.
+        [O, I] in ``dtype``: ``nearest(weight.float(), grid, dtype)`` of the grid's own module.
 
     With s = (max - min) / (2^b - 1), z = round(-min / s) and q = clamp(round(w / s) + z) - z, the
     gradient of s q is 1 for values that are not clamped, plus that of s, q - w / s (q where
-    clamped), handed on to the group's extremes; equal extremes share. The zero point has none.
+    clamped), handed on to the group's extremes; equal extremes share. The zero point has none. On a
+    normal-float grid each sign has a scale, its extreme, whose gradient is level - w / s.
     """
-    return _MinMax.apply(weight, grid, dtype or weight.dtype)
+    function = _MinMax if isinstance(grid, Grid) else _Levels
+    return function.apply(weight, grid, dtype or weight.dtype)
 
 
 def fake_quantize_with(
@@ -137,18 +142,57 @@ class _MinMax(torch.autograd.Function):
 
 def _to_extremes(gradient, values, of_scale, max_code: int, dtype: torch.dtype) -> None:
     """Add the scale's gradient [R, G] to that of its group's extremes [R, G, g], in place."""
+    # The range always holds 0: where that is its end, no value may equal it.
     low = values.amin(dim=2, keepdim=True).clamp(max=0)
     high = values.amax(dim=2, keepdim=True).clamp(min=0)
-    exact = (high - low) / max_code
+    share = torch.where(_fits((high - low) / max_code, dtype), of_scale[..., None] / max_code, 0)
+    _share(gradient, values == high, share)
+    _share(gradient, values == low, -share)
+
+
+def _fits(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where the stored scale follows the range; elsewhere it is held at what ``dtype`` can hold."""
     limits = torch.finfo(dtype)
-    # A range that is empty, or whose scale does not fit the dtype, is not what set the scale.
-    follows = (exact >= limits.tiny) & (exact <= limits.max)
-    share = torch.where(follows, of_scale[..., None] / max_code, 0)
-    for extreme, sign in ((high, 1), (low, -1)):
-        # The range always holds 0: where that is its end, no value may equal it.
-        equal = values == extreme
-        count = equal.sum(dim=2, keepdim=True).clamp_min(1)
-        gradient.addcmul_(equal.float(), sign * share / count)
+    return (scale >= limits.tiny) & (scale <= limits.max)
+
+
+def _share(gradient, chosen, amount) -> None:
+    """Deal ``amount`` [R, G, 1] evenly to the chosen of each group, as autograd's amax does."""
+    chosen = chosen.float()
+    gradient.addcmul_(chosen, amount / chosen.sum(dim=2, keepdim=True).clamp_min_(1))
+
+
+class _Levels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, grid, dtype):
+        ctx.save_for_backward(weight)
+        ctx.grid, ctx.dtype = grid, dtype
+        result = torch.empty_like(weight, dtype=dtype)
+        for rows in _chunks(weight):
+            result[rows] = normal_float.nearest(weight[rows].float(), grid, dtype).to(dtype)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        limits = torch.finfo(ctx.dtype)
+        shape = (-1, ctx.grid.columns_per_group(weight.shape[1]))
+        result = torch.empty_like(weight)
+        for rows in _chunks(weight):
+            part = weight[rows].float()
+            moved = normal_float.nearest(part, ctx.grid, ctx.dtype).sub_(part)
+            values, given = part.unflatten(1, shape), gradient[rows].float().unflatten(1, shape)
+            moved = moved.unflatten(1, shape).mul_(given)
+            total = given.clone()
+            ends = (values.amax(dim=2, keepdim=True), 1), (values.amin(dim=2, keepdim=True), -1)
+            for end, sign in ends:
+                scale = (sign * end).clamp(limits.tiny, limits.max).to(ctx.dtype).float()
+                own = values >= 0 if sign == 1 else values < 0
+                of_scale = (moved * own).sum(dim=2, keepdim=True) / scale
+                amount = torch.where(_fits(sign * end, ctx.dtype), sign * of_scale, 0)
+                _share(total, values == end, amount)
+            result[rows] = total.flatten(1).to(weight.dtype)
+        return result, None, None
 
 
 class _Learned(torch.autograd.Function):
@@ -255,9 +299,12 @@ class FakeQuantLinear(nn.Module):
         return type(self.plain).forward(own, x)
 
     @torch.no_grad()
-    def quantized(self) -> QuantizedWeight:
-        """Codes and grid, [O, I]; :meth:`forward` computes with their values."""
+    def quantized(self) -> QuantizedWeight | torch.Tensor:
+        """Codes and grid, [O, I]; :meth:`forward` computes with their values. On a normal-float
+        grid the values themselves."""
         dtype = self._dtype()
+        if isinstance(self.grid, NormalFloat):
+            return fake_quantize(self._matrix(), self.grid, dtype)
         if self.scale is None:
             return nearest(self._matrix().float(), self.grid, dtype)
         if self.weight is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight
+from harness.stages import get_matrix
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -89,22 +90,27 @@ class Grids:
         keys = self._file.keys()
         self.names = {key.removesuffix(".scale") for key in keys if key.endswith(".scale")}
 
+    def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point [O, G] of linear ``name``, as stored."""
+        if name not in self.names:
+            raise UserError(f"{self.folder / FILE} lacks {name}; it belongs to another model.")
+        return tuple(self._file.get_tensor(f"{name}.{part}") for part in ("scale", "zero"))
+
     def quantized(self, name: str, values: torch.Tensor) -> QuantizedWeight:
-        """Codes and grid of linear ``name`` from its stored values [O, I].
+        """Codes and grid of linear ``name`` from its stored values [O, I], of any dtype that holds
+        them.
 
         Raises:
             UserError: the grid does not give these values.
         """
-        if name not in self.names:
-            raise UserError(f"{self.folder / FILE} lacks {name}; it belongs to another model.")
-        scale, zero = (self._file.get_tensor(f"{name}.{part}") for part in ("scale", "zero"))
+        scale, zero = self.read(name)
         width = self.grid.columns_per_group(values.shape[1])
         if scale.shape == zero.shape == (len(values), values.shape[1] / width):
             grouped = values.float().unflatten(1, (scale.shape[1], -1))
             codes = torch.round(grouped / scale.float()[..., None]) + zero.float()[..., None]
             codes = codes.clamp_(0, self.grid.max_code).flatten(1).to(torch.uint8)
             found = QuantizedWeight(codes, scale, zero, self.grid)
-            if torch.equal(found.dequantize(values.dtype), values):
+            if torch.equal(found.dequantize(scale.dtype), values.to(scale.dtype)):
                 return found
         raise UserError(
             f"{self.folder}: the values of {name} are not those of its grid in {FILE}; the folder "
@@ -112,36 +118,16 @@ class Grids:
         )
 
 
-def read(folder: Path) -> dict[str, QuantizedWeight]:
-    """Codes and grids of all quantized linears of a result folder.
+def read(folder: Path) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
+    """The plain dense model of a result folder, and codes and grids of its quantized linears.
 
     Raises:
         UserError: as :class:`Grids`; or a normal-float result, which has no integer codes.
     """
-    grids = Grids(Path(folder))
+    grids = Grids(folder)
     if grids.grid is None:
         raise UserError(f"{folder} holds {grids.kind} values, which have no integer codes.")
-    weights = checkpoint.Weights(grids.folder)
-    transposed = _transposed(weights)
-    found = {}
-    for name in sorted(grids.names):
-        values = weights.read(f"{name}.weight")
-        found[name] = grids.quantized(name, values.T if transposed else values)
-    return found
-
-
-def _transposed(weights: checkpoint.Weights) -> bool:
-    """Whether the blocks' linears are stored [I, O]."""
-    from harness.card import CONV1D
-
-    return weights.config.get("model_type") in CONV1D
-
-
-@torch.no_grad()
-def put_values(model: nn.Module, folder: Path) -> None:
-    """Fill the plain ``model`` with the parameters of a result folder made from it."""
-    theirs = dict(checkpoint.load_dense(folder, model.dtype).named_parameters())
-    for name, parameter in model.named_parameters():
-        if name not in theirs or theirs[name].shape != parameter.shape:
-            raise UserError(f"{folder} was made from another model: {name} differs.")
-        parameter.copy_(theirs[name])
+    model = checkpoint.load_dense(folder, checkpoint.Weights(folder).dtype)
+    modules = dict(model.named_modules())
+    linears = {name: modules[name] for name in sorted(grids.names) if name in modules}
+    return model, {n: grids.quantized(n, get_matrix(m)) for n, m in linears.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from harness.decoder import find_blocks
 from harness.errors import UserError, nearest
-from harness.grid import Grid, check_group_size
+from harness.grid import Grid, QuantizedWeight, check_group_size
 from harness.stages import get_matrix, linears
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -100,15 +100,22 @@ def _check_choices(grid, ranges, learn: str, start) -> None:
         )
 
 
-def _begin(model: nn.Module, start: Path, grid: Grid):
-    begun = result.read(start)
-    found = next((weight.grid for weight in begun.values()), grid)
+@torch.no_grad()
+def _begin(model: nn.Module, start: Path, grid: Grid) -> dict[str, QuantizedWeight]:
+    """Codes and grids of a result folder, whose parameters are put into ``model``."""
+    begun = result.Grids(start)
+    found = begun.grid or grid
     if found != grid:
         raise UserError(
             f"{start} has {found.bits} bits in groups of {found.group_size}; asked for are "
             f"{grid.bits} in groups of {grid.group_size}. Give those flags as it has them."
         )
-    result.put_values(model, start)
+    other, begun = result.read(start)
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in theirs or theirs[name].shape != parameter.shape:
+            raise UserError(f"{start} was made from another model: {name} differs.")
+        parameter.copy_(theirs[name])
     return begun
 
 
