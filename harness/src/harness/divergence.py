@@ -47,7 +47,7 @@ def jsd_rows(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def cakld_rows(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """beta KL(q || p) + (1 - beta) KL(p || q) per row (CAKLD, BitDistiller eq. 6)."""
+    """beta KL(q || p) + (1 - beta) KL(p || q) per row (CAKLD, BitDistiller section 3.3)."""
     return (((1 - beta) * log_p.exp() - beta * log_q.exp()) * (log_p - log_q)).sum(-1)
 
 

@@ -158,6 +158,21 @@ def _destroy_group() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def memory_knobs():
+    """Inside (or in a function so decorated), a GPU out of memory is a UserError that says what
+    takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        found = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        raise UserError(
+            f"{found}: fewer examples per forward (--batch-size, --per_device_train_batch_size) "
+            "with more --gradient-accumulation-steps take less memory, and so do "
+            "--gradient-checkpointing, --zero 3 on several GPUs, and --offload."
+        ) from error
+
+
 def compute_dtype(dtype: str, folder: Path) -> str:
     """The name of the dtype to train in: auto is float32 where the checkpoint is stored so, else
     bfloat16. float16 has to be asked for, and needs a GPU."""

@@ -10,9 +10,11 @@ Legend: B examples in a micro-batch, T tokens of the longest of them.
 import hashlib
 import json
 import os
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ EXPECTED = "expected prompt and response, or instruction (input) and output"
 # Where a file of generated responses has them; `output`, the human's, is never taken from there.
 GENERATED = ("response", "generated", "gen_answer")
 AT_A_TIME = 1000
+HELD_OUT = 500  # windows of a text at most, and a twentieth of it
+CHARACTERS = 8  # of a token, at most, on average
 
 
 @dataclass
@@ -37,6 +41,23 @@ class Counts:
     long_prompts: int = 0
     cut: int = 0
     largest: int = 0
+
+
+def is_text(dataset: str) -> bool:
+    """Whether ``dataset`` is for :func:`windows`, not for :func:`pairs`."""
+    if dataset in data.DATASETS or not Path(dataset).exists():
+        return dataset in data.DATASETS and dataset not in data.INSTRUCTIONS
+    chosen, _ = files.select(Path(dataset), "train")
+    first = next((row for path in chosen for row in files.rows(path)), {})
+    texts = any(isinstance(first.get(name), str) for name in files.TEXT_COLUMNS)
+    return texts and instruct.example(first) is None
+
+
+def sample(found: list, limit: int | None) -> list:
+    """``limit`` of ``found``, always the same, in their order."""
+    if limit is None or limit >= len(found):
+        return found
+    return [found[i] for i in sorted(random.Random(0).sample(range(len(found)), limit))]
 
 
 def pairs(dataset: str, split: str, generated: bool = False) -> list[dict[str, str]]:
@@ -74,8 +95,8 @@ def _pair(row: dict, path: Path, number: int, generated: bool) -> dict[str, str]
         written = next((row[key] for key in GENERATED if isinstance(row.get(key), str)), None)
         if written is None or not isinstance(row.get("prompt"), str):
             raise UserError(
-                f"{path}, line {_line(path, number)}: {keys}; expected prompt and response, as "
-                "python -m minillm.generate writes them."
+                f"{path}, line {files.line_of(path, number)}: {keys}; expected prompt and "
+                "response, as python -m minillm.generate writes them."
             )
         return {"prompt": row["prompt"], "response": written}
     several = row.get("output")
@@ -83,17 +104,8 @@ def _pair(row: dict, path: Path, number: int, generated: bool) -> dict[str, str]
         row = row | {"output": several[0]}
     pair = instruct.example(row)
     if pair is None:
-        raise UserError(f"{path}, line {_line(path, number)}: {keys}; {EXPECTED}.")
+        raise UserError(f"{path}, line {files.line_of(path, number)}: {keys}; {EXPECTED}.")
     return pair
-
-
-def _line(path: Path, number: int) -> int:
-    """The line of row ``number``: blank lines of a jsonl file are no rows."""
-    if files.kind(path) == ".jsonl" and path.suffix == ".jsonl":
-        with path.open(encoding="utf-8-sig") as file:
-            full = (line for line, text in enumerate(file, 1) if text.strip())
-            return next(line for row, line in enumerate(full, 1) if row == number)
-    return number
 
 
 def encode(tokenizer, prompts: list[str], responses: list[str]) -> Iterator[tuple[list, list]]:
@@ -147,12 +159,21 @@ class Examples(Sequence):
 
 
 def examples(
-    tokenizer, found: list[dict], *, max_length: int, max_prompt_length: int, name: str
+    tokenizer,
+    found: list[dict],
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    name: str,
+    whole: bool = False,
 ) -> Examples:
     """The examples of :func:`pairs`; what is left out or cut is counted, and said on stderr.
 
     Left out are empty responses, and prompts of more than ``max_prompt_length`` tokens (as in the
     original); what is longer than ``max_length`` with its response is cut there.
+
+    Args:
+        whole: the prompt is predicted too.
 
     Raises:
         UserError: nothing is left.
@@ -175,16 +196,17 @@ def examples(
                     counts.long_prompts += 1
                     continue
                 counts.cut += len(prompt) + len(answer) > max_length
-                yield (prompt + answer)[:max_length], max(1, len(prompt)), start + i
+                first = 1 if whole else max(1, len(prompt))
+                yield (prompt + answer)[:max_length], first, start + i
 
     what = [json.dumps(pair, sort_keys=True) for pair in found]
-    made = _cached(rows, [_tokenizer_text(tokenizer), max_length, max_prompt_length, *what])
+    key = [_tokenizer_text(tokenizer), max_length, max_prompt_length, whole, *what]
+    made = _cached(rows, key)
     counts = made.counts
     if not len(made):
         raise UserError(
             f"{name}: of {len(found)} rows none is left: {counts.empty} have an empty response, "
-            f"{counts.long_prompts} a prompt of more than {max_prompt_length} tokens "
-            "(--max-prompt-length)."
+            f"{counts.long_prompts} a prompt of more than {max_prompt_length} tokens."
         )
     left_out = [
         f"{count} {what}"
@@ -200,32 +222,65 @@ def examples(
     return made
 
 
-def windows(tokenizer, dataset: str, *, length: int, limit: int | None = None) -> Examples:
+def windows(
+    tokenizer, dataset: str, *, length: int, limit: int | None = None, part: str | None = None
+) -> Examples:
     """A plain text, the train split, as windows of ``length`` tokens with every token predicted but
-    the first: for the language-modelling part of MiniLLM's loss.
+    the first.
+
+    Args:
+        limit: windows at most: the first, or with ``part`` some drawn from all over it.
+        part: "train" or "validation": two disjoint parts. Validation is a twentieth of the windows,
+            1 to HELD_OUT, drawn at random; of stdlib it is drawn from the calibration split, which
+            the embedded models were not trained on. None: all.
 
     Raises:
         UserError: no such text, or less than a window of it.
     """
-    if dataset in ("c4", "pileval"):
-        text = data.PARAGRAPHS.join(data.corpus_documents(dataset, "train")[: limit or None])
-    elif dataset == "stdlib":
-        from harness import stdlib
-
-        text = stdlib.text("train")
-    else:
-        text = data.corpus_text(dataset, "train")
+    text = _text(dataset, part, length, limit)
 
     def rows(counts: Counts):
         ids = tokenizer(text, verbose=False)["input_ids"]
-        for number, start in enumerate(range(0, len(ids) - length + 1, length)[:limit]):
+        starts = list(range(0, len(ids) - length + 1, length))
+        chosen = sample(_part(starts, part, dataset), limit) if part else starts[:limit]
+        for number, start in enumerate(chosen):
             yield ids[start : start + length], 1, number
 
-    made = _cached(rows, [_tokenizer_text(tokenizer), length, limit, text])
+    made = _cached(rows, [_tokenizer_text(tokenizer), length, limit, part, dataset, text])
+    name = f"{dataset}, {part}" if part else dataset
     if not len(made):
-        raise UserError(f"{dataset}: less than one window of {length} tokens; use more text.")
-    distributed.say(f"{dataset}: {len(made)} windows of {length} tokens")
+        raise UserError(f"{name}: less than one window of {length} tokens; use more text.")
+    distributed.say(f"{name}: {len(made)} windows of {length} tokens")
     return made
+
+
+def _text(dataset: str, part: str | None, length: int, limit: int | None) -> str:
+    if dataset == "stdlib":
+        from harness import stdlib
+
+        return stdlib.text("calibration" if part == "validation" else "train")
+    if dataset not in ("c4", "pileval"):
+        return data.corpus_text(dataset, "train")
+    documents = data.corpus_documents(dataset, "train")
+    if part is None:
+        return data.PARAGRAPHS.join(documents[: limit or None])
+    if limit is not None:
+        wanted = CHARACTERS * length * (limit + HELD_OUT)
+        ends = accumulate(map(len, documents))
+        count = next((n for n, end in enumerate(ends, 1) if end >= wanted), None)
+        documents = documents[:count]
+    return data.PARAGRAPHS.join(documents)
+
+
+def _part(starts: list[int], part: str, dataset: str) -> list[int]:
+    held = sample(
+        starts, HELD_OUT if dataset == "stdlib" else max(1, min(HELD_OUT, len(starts) // 20))
+    )
+    if part == "validation":
+        return held
+    if dataset == "stdlib":
+        return starts
+    return sorted({*starts} - {*held})
 
 
 def _tokenizer_text(tokenizer) -> str:

@@ -151,8 +151,8 @@ def over_models(
     inputs = {**inputs, "use_cache": False}
     if fused:
         with torch.no_grad():
-            theirs = _head_and_hidden(teacher, inputs, long)
-        ours = _head_and_hidden(student, inputs, long)
+            theirs = head_and_hidden(teacher, inputs, long)
+        ours = head_and_hidden(student, inputs, long)
         return kd_from_hidden(rows, theirs, ours, mask, extras, vocabulary)
     with torch.no_grad():
         p = teacher(**inputs).logits[:, :long, :vocabulary]
@@ -160,7 +160,8 @@ def over_models(
     return sum_over_rows(rows, p, q, mask, extras=extras)
 
 
-def _head_and_hidden(model, inputs: dict[str, Tensor], long: int) -> Head:
+def head_and_hidden(model, inputs: dict[str, Tensor], long: int) -> Head:
+    """Of the first ``long`` positions, for `kd_from_hidden`; where `fusable` says so."""
     with headless(model) as head:
         hidden = model(**inputs).logits[:, :long]
     return hidden.to(head.weight.dtype), head.weight, head.bias

@@ -9,6 +9,22 @@ from harness.progress import SECONDS_BETWEEN_LINES
 BAR = "{desc} {n_fmt}/{total_fmt} {bar} {elapsed}<{remaining} {postfix}"
 
 
+def table(result: dict) -> str:
+    """The validation values of every look of `harness.trainer.train`, in Markdown; the one that is
+    written is marked."""
+    rows = result["rows"]
+    names = [name for name in rows[-1] if name not in ("step", "tokens")]
+    lines = [f"| step | {' | '.join(name.replace('_', ' ') for name in names)} |"]
+    lines.append(f"| ---: |{' ---: |' * len(names)}")
+    for row in rows:
+        mark = " *" if row["step"] == result["best_step"] else ""
+        values = (f"{row[name]:.4f}" if name in row else "" for name in names)
+        lines.append(f"| {row['step']}{mark} | {' | '.join(values)} |")
+    seconds = f"{result['seconds']:.0f} s"
+    lines.append(f"* written; {result['steps']} steps, {result['tokens']} tokens, {seconds}")
+    return "\n".join(lines)
+
+
 class Meter:
     """Losses, learning rate and tokens per second beside the steps that are done."""
 

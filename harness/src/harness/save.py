@@ -5,9 +5,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from harness import card, writer
 
 LOG = "compression_log.json"
+
+# File name -> (tensors, metadata: one entry or none), as `writer.save_tensors` takes them.
+Side = dict[str, tuple[dict[str, torch.Tensor], dict[str, str] | None]]
 
 
 def save_model(
@@ -24,6 +29,7 @@ def save_model(
     overwrite: bool = False,
     staging: Path | None = None,
     beside: Sequence[Path] = (),
+    side: Side | None = None,
 ) -> Path:
     """Write ``model``, a transformers causal LM, in its own dtype to the folder ``out``.
 
@@ -36,6 +42,7 @@ def save_model(
         read_by: what loads the result (default: what loads any dense checkpoint).
         staging: where it is put together (default: ``out`` + ".partial"); emptied first.
         beside: folders that are copied into the result, those that are there.
+        side: tensors that are no part of the model, by the name of their file.
 
     Raises:
         UserError: ``out`` is in the way, or the disk is full.
@@ -63,6 +70,8 @@ def save_model(
     }
     for name, text in texts.items():
         writer.write_text(staging / name, text)
+    for name, (tensors, metadata) in (side or {}).items():
+        writer.save_tensors(staging / name, tensors, metadata)
     for folder in beside:
         if folder.is_dir():
             shutil.copytree(folder, staging / folder.name)

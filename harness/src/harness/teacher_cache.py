@@ -104,8 +104,7 @@ class Cache:
         if note["content"] != content(examples):
             raise UserError(
                 f"{folder} was made for {note['examples']} other examples, and there are "
-                f"{len(examples)}; give cache_teacher the same --data, --type, "
-                "--train-num, --max-length and --max-prompt-length."
+                f"{len(examples)}; give cache_teacher the same --data, lengths and limits as here."
             )
         self.vocabulary = note["vocabulary"]
         if self.vocabulary > student_vocabulary:

@@ -21,6 +21,7 @@ from harness import checkpoint, distributed, engine, save, writer
 from harness.engine import Diverged, Training
 from harness.meter import Meter
 
+Finished = torch.nn.Module | tuple[torch.nn.Module, save.Side]
 BETTER = {"lower": lambda new, old: new < old, "higher": lambda new, old: new > old}
 
 
@@ -38,6 +39,7 @@ class Progress:
     rows: list[dict] = field(default_factory=list)
 
 
+@engine.memory_knobs()
 def train(
     model: torch.nn.Module,
     training: Training,
@@ -53,7 +55,7 @@ def train(
     eval_steps: int | None = None,
     save_steps: int | None = None,
     boundary: Callable[[int], bool] | None = None,
-    finish: Callable[[dict[str, torch.Tensor]], torch.nn.Module] | None = None,
+    finish: Callable[[dict[str, torch.Tensor]], Finished] | None = None,
     resume: bool = True,
     overwrite: bool = False,
 ) -> dict:
@@ -76,14 +78,14 @@ def train(
         better: "lower" or "higher" values.
         save_steps: steps between saved states (default: ``eval_steps``).
         boundary: whether a state may be saved after so many steps; it waits until one may.
-        finish: trained tensors by parameter name, on the CPU -> the model to be written, on rank 0
-            (default: ``source`` with them put in).
+        finish: trained tensors by parameter name, on the CPU -> the model to be written, or it and
+            files beside it, on rank 0 (default: ``source`` with them put in).
 
     Returns:
         rows (a look each), best, best_step, steps, tokens, seconds.
 
     Raises:
-        UserError: ``out`` is in the way, another run has begun there, the disk is full.
+        UserError: ``out`` is in the way, another run has begun there, the disk or the GPU is full.
         Diverged: a loss or value is not finite; the batch is saved beside ``out``.
     """
     run = _Run(Path(out), identity, overwrite, resume)
@@ -268,7 +270,8 @@ class _Run:
 
     def write(self, progress: Progress, finish, source: Path, step: dict, overwrite: bool) -> None:
         tensors = load_file(self._best(progress.best_step))
-        model = finish(tensors)
+        made = finish(tensors)
+        model, side = made if isinstance(made, tuple) else (made, None)
         save.save_model(
             model,
             source,
@@ -280,5 +283,6 @@ class _Run:
             overwrite=overwrite,
             staging=self.partial / "result",
             beside=[self.partial / "tensorboard"],
+            side=side,
         )
         self.forget()

@@ -3,12 +3,16 @@
 Legend: B examples, T tokens of the longest, V vocabulary.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from harness import distributed, engine, responses
+from harness import perplexity as ppl
 from harness.divergence import CHUNK_ELEMENTS
 from harness.example_sets import IGNORED, Examples, collate
 from harness.rouge import rouge_l
@@ -37,20 +41,63 @@ def _rows(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+def label_loss(running, batch: dict) -> tuple[Tensor, dict]:
+    """:func:`cross_entropy` of a batch, as `harness.trainer.train` calls a loss."""
+    logits = running(**inputs_of(batch, running.device)).logits
+    return cross_entropy(logits, batch["labels"].to(running.device)), {}
+
+
 @torch.no_grad()
+def held_out(
+    running, count: int, collate: Callable[[list[int]], dict], loss_of: Callable, *, batch: int
+) -> dict[str, float]:
+    """Means of a loss and of what it reports, per token over all ranks.
+
+    Args:
+        running: an engine. count: examples in all, ``batch`` of them at a time.
+        collate: indices -> a batch with its "tokens".
+        loss_of: (engine, batch) -> (sum of losses, {name: another such sum}).
+
+    Returns:
+        "loss" and what was reported.
+    """
+    ranks, rank = distributed.world_size(), distributed.rank()
+    sums: dict[str, float] = {}
+    tokens = 0
+    # Every rank runs as many batches: at ZeRO 3 they fetch weights from each other.
+    for start in range(0, count, batch * ranks):
+        mine = range(start + rank * batch, min(start + (rank + 1) * batch, count))
+        some = collate(list(mine) or [0])
+        loss, report = loss_of(running, some)
+        for name, value in {"loss": loss, **report}.items():
+            sums[name] = sums.get(name, 0.0) + (value.item() if len(mine) else 0.0)
+        tokens += some["tokens"] if len(mine) else 0
+    tokens = distributed.sum_number(tokens)
+    return {name: distributed.sum_number(value) / tokens for name, value in sums.items()}
+
+
 def held_out_loss(model, examples: Examples, *, batch: int, pad: int) -> float:
     """Mean cross entropy of all labels, nats per token, over all ranks; ``model`` is an engine."""
+
+    def some(indices):
+        return collate([examples[i] for i in indices], pad)
+
+    return held_out(model, len(examples), some, label_loss, batch=batch)["loss"]
+
+
+@torch.no_grad()
+def perplexity(running, windows: Tensor) -> float:
+    """Token perplexity of windows int64 [N, T] (perplexity.py's protocol), one at a time as in
+    `harness eval`, shared among the ranks; ``running`` is an engine."""
     ranks, rank = distributed.world_size(), distributed.rank()
     total = 0.0
-    # Every rank runs as many batches: at ZeRO 3 they fetch weights from each other.
-    for start in range(0, len(examples), batch * ranks):
-        mine = range(start + rank * batch, min(start + (rank + 1) * batch, len(examples)))
-        some = collate([examples[i] for i in mine or [0]], pad)
-        labels = some["labels"].to(model.device)
-        logits = model(**inputs_of(some, model.device)).logits
-        total += cross_entropy(logits, labels).item() if len(mine) else 0.0
-    labels = sum(n - first for n, first in zip(examples.lengths, examples.firsts, strict=True))
-    return distributed.sum_number(total) / labels
+    for start in range(0, len(windows), ranks):
+        # As above: no rank may stay away.
+        window = windows[min(start + rank, len(windows) - 1)].to(running.device)
+        logits = running(input_ids=window[None], use_cache=False).logits[0, :-1]
+        total += ppl.nll_sum(logits, window[1:]) if start + rank < len(windows) else 0.0
+    mean = distributed.sum_number(total) / windows[:, 1:].numel()
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def rouge(
