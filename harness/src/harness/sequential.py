@@ -37,6 +37,7 @@ def compress(
     command: str = "",
     overwrite: bool = False,
     resume: bool = True,
+    block_pass=BlockPass,
 ) -> list[dict]:
     """Run ``method`` over every block and write the checkpoint ``out``.
 
@@ -44,6 +45,8 @@ def compress(
         base: the model as the user named it.
         windows: calibration token ids [N, T]; required when the method takes statistics.
         calibration: dataset, nsamples, seqlen and seed, for the card.
+        block_pass: what changes a block and knows its inputs, :class:`BlockPass` or its like (made
+            of the same arguments, with the same ``compress`` and ``replay``).
 
     Returns:
         One row per linear: block, name, error, and what the method noted.
@@ -72,7 +75,7 @@ def compress(
     }
     shards = _open_shards(decoder, out, windows, identity, overwrite, resume)
 
-    blocks = BlockPass(decoder, method, windows, conv1d, quantization)
+    blocks = block_pass(decoder, method, windows, conv1d, quantization)
     finished = distributed.broadcast_object(shards.finished)
     if finished:
         distributed.say(f"resuming: {finished} of {len(decoder)} blocks are done")
