@@ -48,18 +48,10 @@ def build(
     _check_choices(grid, ranges, learn, start)
     begun = {} if start is None else _begin(model, Path(start), grid)
     found = find_linears(model)
-    check_group_size({name: get_matrix(module).shape[1] for name, module in found.items()}, grid)
-    if ranges is not None:
-        _clamp(found, ranges, grid)
-    for name, module in found.items():
+    for name in found:
         if start is not None and name not in begun:
             raise UserError(f"{start} holds no grid of {name}; it was made from another model.")
-        quantized = FakeQuantLinear(
-            module, grid, transposed=isinstance(module, Conv1D), learn=learn,
-            start=begun.pop(name, None),
-        )  # fmt: skip
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, quantized)
+    put_in(model, found, grid, ranges=ranges, learn=learn, begun=begun)
     _mark(model, learn)
     return model
 
@@ -72,6 +64,31 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         for index, block in enumerate(blocks)
         for name, module in linears(block).items()
     }
+
+
+def put_in(
+    model: nn.Module,
+    found: dict[str, nn.Module],
+    grid: Grid,
+    *,
+    ranges: Ranges | None = None,
+    learn: str = "weights",
+    begun: dict[str, QuantizedWeight] | None = None,
+) -> dict[str, FakeQuantLinear]:
+    """Put a :class:`FakeQuantLinear` in the place of each of the linears ``found`` in ``model``;
+    they are returned by the same names. Arguments and errors as for :func:`build`."""
+    check_group_size({name: get_matrix(module).shape[1] for name, module in found.items()}, grid)
+    if ranges is not None:
+        _clamp(found, ranges, grid)
+    placed = {}
+    for name, module in found.items():
+        placed[name] = FakeQuantLinear(
+            module, grid, transposed=isinstance(module, Conv1D), learn=learn,
+            start=(begun or {}).get(name),
+        )  # fmt: skip
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, placed[name])
+    return placed
 
 
 def share(student: nn.Module, teacher: nn.Module) -> None:
