@@ -177,9 +177,16 @@ def snap(
         [N, g] float32: scale * (code - zero).
     """
     scale, zero = range_scale_zero(*_holding_zero(low, high, grid), grid, scale_dtype)
-    scale, zero = scale[:, None], zero[:, None]
-    clamped = values.clamp(low[:, None], high[:, None])
-    return round_to_codes(clamped, scale, zero, grid.max_code).sub_(zero).mul_(scale)
+    # Rounding keeps the order, so that steps are clamped to those of both ends, in place, where
+    # clamping the values would cost a copy.
+    first, last = (
+        round_to_codes(end, scale, zero, grid.max_code).sub_(zero)[:, None] for end in (low, high)
+    )
+    scale = scale[:, None]
+    steps = torch.div(values, scale).round_()
+    torch.maximum(steps, first, out=steps)
+    torch.minimum(steps, last, out=steps)
+    return steps.mul_(scale)
 
 
 def check_group_size(columns: dict[str, int], grid: Grid) -> None:

@@ -71,23 +71,26 @@ def snap(
     """Values clamped to a range, then moved to the nearest of the levels that it scales.
 
     Args:
-        values: [N, g] float32, one group per row. low, high: [N] float32; one end may lie on the
-            other's side of zero, and then has no levels of its own.
+        values: [N, g] float32, one group per row. low, high: [N] float32; a range without zero is
+            widened to it.
         scale_dtype: the dtype to which both scales are rounded.
 
     Returns:
         [N, g] float32: level * scale of its sign.
     """
-    smallest = torch.finfo(scale_dtype).tiny
+    finfo = torch.finfo(scale_dtype)
     above, below = (
-        scale.clamp(smallest, torch.finfo(scale_dtype).max).to(scale_dtype).to(values)[:, None]
-        for scale in (high, -low)
+        end.clamp(0, finfo.max).to(scale_dtype).to(values)[:, None] for end in (high, -low)
     )
-    clamped = values.clamp(low[:, None], high[:, None])
-    shares = clamped / torch.where(clamped >= 0, above, below)
-    index = torch.bucketize(shares, grid.thresholds.to(values), right=True)
-    levels = grid.levels.to(values)[index]
-    return levels.mul_(torch.where(clamped >= 0, above, below))
+    shares = torch.div(values, above.clamp(min=finfo.tiny)).clamp_(min=0)
+    shares += torch.div(values, below.clamp(min=finfo.tiny)).clamp_(max=0)
+    # Counting comparisons takes a quarter of the time of torch.bucketize, whose binary search
+    # cannot be foreseen by the processor.
+    index = torch.zeros_like(values, dtype=torch.uint8)
+    for threshold in grid.thresholds.tolist():
+        index += (shares >= threshold).view(torch.uint8)
+    levels = grid.levels.to(values).index_select(0, index.flatten().int()).view_as(values)
+    return levels.clamp(min=0).mul_(above).add_(levels.clamp_(max=0).mul_(below))
 
 
 def nearest(weight: torch.Tensor, grid: NormalFloat, scale_dtype: torch.dtype) -> torch.Tensor:
