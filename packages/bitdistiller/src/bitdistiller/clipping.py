@@ -1,0 +1,230 @@
+"""Asymmetric clipping on the harness's pass: a checkpoint rounded to nearest inside clipped ranges.
+
+Every stage's ranges are searched on the inputs that the already clipped and rounded part of the
+model gives it. Projections that make queries and keys keep their full range, as in the paper's
+code: their errors meet in a product, and the output of the linear alone tells too little of it.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from harness.decoder import Decoder
+from harness.errors import UserError
+from harness.grid import Grid, nearest
+from harness.hessian import Hessian
+from harness.normal_float import NormalFloat
+from harness.normal_float import nearest as nearest_level
+from harness.perplexity import window_length
+
+from bitdistiller import clips
+from bitdistiller.clip_search import clamp, full_range, output_energy, search
+from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
+
+UNCLIPPED = re.compile(r"\b[qk]_|query|key|qkv|c_attn")
+SEQLEN = 1024
+KINDS = {"int": None, "nf3": 3, "nf4": 4}
+
+
+def clip(
+    model: str,
+    dataset: str = "pileval",
+    *,
+    out: str | Path,
+    w_bit: int | None = None,
+    q_group_size: int = 128,
+    quant_type: str = "int",
+    n_samples: int = 128,
+    seqlen: int | None = None,
+    dump_clip: str | Path | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    command: str = "bitdistiller.clip(...)",
+) -> list[dict]:
+    """Search the ranges of all linears of ``model``'s blocks and write the checkpoint folder
+    ``out``: the weights clamped and rounded to nearest, and clip.safetensors.
+
+    Args:
+        model: folder, hub id or embedded name.
+        dataset: calibration text (named dataset, local file, embedded corpus).
+        w_bit: 2 to 8 (default 2; with NormalFloat its own 3 or 4).
+        q_group_size: columns per range, -1 for one per row.
+        quant_type: "int" (asymmetric), "nf3" or "nf4".
+        n_samples, seqlen: calibration windows and their length (default: 1,024 or the model's
+            context, if that is shorter).
+        dump_clip: a file ending in .safetensors that takes a copy of clip.safetensors.
+        format: "compressed-tensors" (default), "gptq" or "dense", the only one for NormalFloat.
+
+    Returns:
+        One row per linear: block, name, error and error_unclipped (see :func:`_update`),
+        range_kept (mean over the groups).
+
+    Raises:
+        harness.errors.UserError: anything the user can mend, in one line.
+    """
+    grid = make_grid(w_bit, q_group_size, quant_type)
+    format = _check_format(format, quant_type)
+    dump_clip = _check_dump(dump_clip, overwrite)
+    device = distributed.start(checkpoint.pick_device(device))
+    folder = checkpoint.resolve(model)
+    torch_dtype = None if dtype == "auto" else checkpoint.parse_dtype(dtype)
+    decoder = Decoder(folder, device=device, dtype=torch_dtype)
+    # Before the data, which may have to be downloaded and take minutes to tokenize.
+    preflight.check(decoder, grid, format, Path(out))
+    if not dry_run:
+        writer.check_out(Path(out), overwrite)
+    if seqlen is None:
+        seqlen = min(SEQLEN, window_length(decoder.config))
+    seqlen = window_length(decoder.config, seqlen)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    windows = data.calibration(tokenizer, dataset, nsamples=n_samples, seqlen=seqlen, seed=seed)
+    method = sequential.Method(
+        "autoclip",
+        {"w_bit": grid.bits, "q_group_size": q_group_size, "quant_type": quant_type},
+        _update(grid, decoder.dtype, formats.scale_dtype(format, decoder.dtype)),
+        lambda columns, device: GroupMoments(columns, device, grid),
+        layout=format,
+        grid=grid if isinstance(grid, Grid) else None,
+        side_file=clips.FILE,
+        side_note=clips.note(folder, grid),
+    )
+    if dry_run:
+        from harness.plan import print_plan
+
+        print_plan(decoder, method, out, windows.numel())
+        return []
+    calibration = {"dataset": dataset, "nsamples": n_samples, "seqlen": seqlen, "seed": seed}
+    rows = sequential.compress(
+        decoder, method, Path(out), base=model, windows=windows, calibration=calibration,
+        command=command, overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+    if dump_clip:
+        distributed.lead(lambda: _copy(Path(out) / clips.FILE, dump_clip))
+    return rows
+
+
+def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | NormalFloat:
+    """The grid that these three describe; ``w_bit`` None is 2, or NormalFloat's own.
+
+    Raises:
+        UserError: they contradict one another, or there is no such grid.
+    """
+    if quant_type not in KINDS:
+        raise UserError(f"quant_type {quant_type}: expected {', '.join(KINDS)}.")
+    own = KINDS[quant_type]
+    if own is None:
+        return Grid(2 if w_bit is None else w_bit, group_size)
+    if w_bit not in (None, own):
+        raise UserError(
+            f"w_bit is {w_bit}, {quant_type} has {own} bits; leave it out or give {own}."
+        )
+    return NormalFloat(own, group_size)
+
+
+def _check_format(format: str | None, quant_type: str) -> str:
+    levels = KINDS.get(quant_type) is not None
+    format = format or ("dense" if levels else formats.FORMATS[0])
+    if format not in formats.FORMATS:
+        raise UserError(f"format {format}: expected one of {', '.join(formats.FORMATS)}.")
+    if levels and format != "dense":
+        raise UserError(f"the {format} format holds integers; {quant_type} needs --format dense.")
+    return format
+
+
+def _check_dump(path: str | Path | None, overwrite: bool) -> Path | None:
+    if path is None:
+        return None
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--dump_clip {path}: expected a name that ends in .safetensors.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another --dump_clip, or replace it: --overwrite.")
+    return path
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".tmp")
+    try:
+        shutil.copyfile(source, beside)
+        os.replace(beside, target)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise writer.disk_error(target, error) from error
+
+
+class GroupMoments:
+    """Second moments of every group's inputs: the blocks on the diagonal of the layer's Hessian."""
+
+    def __init__(self, columns: int, device: torch.device | str, grid: Grid | NormalFloat):
+        self.width = grid.columns_per_group(columns)
+        self.groups = [Hessian(self.width, device) for _ in range(columns // self.width)]
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs [..., I] of any float dtype."""
+        for group, part in zip(self.groups, inputs.split(self.width, dim=-1), strict=True):
+            group.add(part)
+
+    def reduce(self) -> None:
+        """Sum over the ranks of the process group, if there is one."""
+        for group in self.groups:
+            group.reduce()
+
+    def mean(self) -> torch.Tensor:
+        """[G, g, g] float32; frees the running sums."""
+        return torch.stack([group.mean() for group in self.groups])
+
+
+def _update(grid: Grid | NormalFloat, dtype: torch.dtype, scale_dtype: torch.dtype):
+    """The method's update. Errors are relative, group by group: Σ over groups of the mean square of
+    x·(q - w) over that of x·w. Products between groups, which the moments do not tell, are left
+    out, so that this is not quite |(W - Q)X|² / |WX|²."""
+
+    def update(matrices, moments, where):
+        mean = moments.mean()
+        if not torch.isfinite(mean).all():
+            raise UserError(
+                f"{where}: the inputs of {', '.join(matrices)} hold NaN or infinite values; try "
+                "--dtype bfloat16 or float32."
+            )
+        return {name: one(name, weight, mean) for name, weight in matrices.items()}
+
+    def one(name, weight, moments):
+        if UNCLIPPED.search(name):
+            low, high = full_range(weight, grid)
+            before = after = None
+        else:
+            low, high, before, after = _search(weight, moments, grid, dtype, scale_dtype)
+        clamped = clamp(weight, low, high)
+        if isinstance(grid, Grid):
+            result = nearest(clamped, grid, scale_dtype)
+            values = result.dequantize(torch.float32)
+        else:
+            result = values = nearest_level(clamped, grid, scale_dtype)
+        if before is None:
+            before = after = output_energy(values - weight, moments)
+        size = output_energy(weight, moments).sum().clamp_min(1e-30)
+        full = torch.sub(*reversed(full_range(weight, grid)))
+        kept = torch.where(full > 0, (high - low) / full, 1).mean().item()
+        note = {"error_unclipped": (before.sum() / size).item(), "range_kept": kept}
+        side = {"low": low.to(dtype), "high": high.to(dtype)}
+        return sequential.Update(result, (after.sum() / size).clamp_min(0).item(), note, side)
+
+    return update
+
+
+def _search(weight, moments, grid, dtype, scale_dtype):
+    """Rows are independent, but a product over fewer of them may round otherwise: they are dealt
+    out on GPUs, and on CPUs every rank searches all, for the result of one rank bit for bit."""
+    if not weight.is_cuda:
+        return search(weight, moments, grid, dtype, scale_dtype)
+    share = distributed.shares(len(weight))[distributed.rank()]
+    found = search(weight[share], moments, grid, dtype, scale_dtype)
+    return [distributed.gather_rows(part, len(weight)) for part in found]
