@@ -70,7 +70,7 @@ def generate(args) -> str | None:
         run=response_file.identity(source, settings, texts), seed=args.seed, resume=args.resume,
     )  # fmt: skip
     rows = [
-        (label, text, one.text, one.ended)
+        (text, one.text, label, one.ended)
         for label, text, one in zip(labels, texts, said, strict=True)
     ]
     measured = [(len(ids), one.tokens) for ids, one in zip(prompts, said, strict=True)]

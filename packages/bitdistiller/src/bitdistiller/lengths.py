@@ -22,11 +22,11 @@ class Line(NamedTuple):
 
 
 def lines(rows: Iterable[tuple[str, str, str, bool | None]], measure=None) -> list[Line]:
-    """A line for each (dataset, prompt, response, ended); ``measure`` has the lengths (prompt,
+    """A line for each (prompt, response, dataset, ended); ``measure`` has the lengths (prompt,
     response) of every row, which are characters otherwise."""
     seen: Counter = Counter()
     found = []
-    for number, (dataset, prompt, response, ended) in enumerate(rows):
+    for number, (prompt, response, dataset, ended) in enumerate(rows):
         lengths = measure[number] if measure else (len(prompt), len(response))
         again = bool(seen[prompt, response])
         seen[prompt, response] += 1

@@ -54,11 +54,17 @@ def parse(name: str) -> tuple[str, str | None, Path | None]:
     if ALIASES.get(name, name) in SAMPLES:
         return kind, kind, None
     if Path(name).exists():
-        return Path(name).name.partition(".")[0] or name, None, Path(name)
+        return label(Path(name)), None, Path(name)
     raise UserError(
         f"dataset {name!r} is neither a file or folder nor one of {', '.join(SAMPLES)}."
         + nearest(name, (*SAMPLES, *ALIASES))
     )
+
+
+def label(path: Path) -> str:
+    """What a local set is called in a file of responses: its name without format and folder."""
+    name = path.name.removesuffix(".gz")
+    return name.removesuffix(Path(name).suffix if files.kind(path) else "") or "local"
 
 
 def prompts(name: str) -> list[str]:
