@@ -1,0 +1,60 @@
+"""The examples of --data: instructions or windows of a text, trained on or held out."""
+
+from collections.abc import Callable
+
+from harness.errors import UserError
+from harness.example_sets import Examples
+from harness.perplexity import context_length
+
+from harness import example_sets
+
+LONGEST = 1024
+
+
+def length(asked: int | None, config) -> int:
+    """--model_max_length, for a model with this transformers config."""
+    context = context_length(config)
+    longest = asked or min(LONGEST, context or LONGEST)
+    if longest < 2 or (context and longest > context):
+        raise UserError(
+            f"--model_max_length {longest}: expected 2 to {context or 'any number of'} tokens, the "
+            "model's context."
+        )
+    return longest
+
+
+def read(args, tokenizer, longest: int, part: str) -> Examples:
+    """Part "train" or "validation" of the flags' data, at most ``longest`` tokens each.
+
+    Raises:
+        UserError: no such data, a row without prompt and response (with its line), nothing left.
+    """
+    training = part == "train"
+    dataset = args.data if training else args.eval_data or args.data
+    limit = args.max_train_samples if training else args.max_eval_samples
+    if example_sets.is_text(dataset):
+        return example_sets.windows(tokenizer, dataset, length=longest, limit=limit, part=part)
+    found = example_sets.sample(example_sets.pairs(dataset, part), limit)
+    if not found:
+        raise UserError(f"{dataset} is too small for a part that is held out; give --eval_data.")
+    return example_sets.examples(
+        tokenizer, found, max_length=longest, max_prompt_length=longest - 1,
+        name=f"{dataset}, {part}", whole=args.train_on_inputs or args.original_loss,
+    )  # fmt: skip
+
+
+def collate(examples: Examples, tokenizer, per_example: bool, stored=None) -> Callable:
+    """Indices -> their micro-batch, with the rows of ``stored``, a teacher's cache, if any.
+
+    Args:
+        per_example: the loss is divided by examples, as the original does, not by labels.
+    """
+    pad = example_sets.pad_id(tokenizer)
+
+    def batch(indices: list[int]) -> dict:
+        made = example_sets.collate([examples[i] for i in indices], pad)
+        if per_example:
+            made["tokens"] = len(indices)
+        return made | (stored.rows(indices) if stored else {})
+
+    return batch

@@ -1,0 +1,244 @@
+"""Quantization-aware self-distillation: check, load teacher and student, choose the loss, train
+(harness.trainer)."""
+
+import hashlib
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.perplexity import window_length
+
+from bitdistiller import clipping, clips, material, objectives, result, student
+from harness import (
+    card,
+    checkpoint,
+    data,
+    distributed,
+    engine,
+    example_sets,
+    hidden_loss,
+    teacher_cache,
+    trainer,
+    validation,
+    writer,
+)
+
+ORIGINAL_NAMES = {"int2-asym": ("int", 2), "ste-n2f3": ("nf3", 3)}
+# What may differ when a killed run goes on: the rest changes the result. Of the batch's sizes only
+# their product counts.
+FREE = (
+    "model", "model_name_or_path", "out", "resume", "overwrite", "dry_run", "device", "local_rank",
+    "save_steps", "gradient_checkpointing", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
+
+
+def train(args) -> dict | None:
+    """Run the command ``bitdistiller.train`` with its parsed arguments, on every rank.
+
+    Returns:
+        As :func:`harness.trainer.train`; None with --dry-run.
+
+    Raises:
+        UserError: anything the user can mend, in one line.
+    """
+    grid = _check(args)
+    device = engine.launch(checkpoint.pick_device(args.device))
+    out, source = Path(args.out), checkpoint.resolve(args.model)
+    config = checkpoint.load_config(source)
+    writer.check_out(out, args.overwrite or args.dry_run)
+    _check_source(source, out)
+    ranges = clips.read(args.clip, source, grid) if args.clip else None
+    tokenizer = checkpoint.load_tokenizer(source)
+    longest = material.length(args.model_max_length, config)
+    examples = material.read(args, tokenizer, longest, "train")
+    look_at = _look_at(args, tokenizer, config, longest)
+    sets = [s for s in (examples, look_at) if isinstance(s, example_sets.Examples)]
+    example_sets.check_tokens(sets, config)
+    known = config.get_text_config().vocab_size
+    stored = (
+        teacher_cache.Cache(args.teacher_cache, examples, known) if args.teacher_cache else None
+    )
+    training = _training(args, len(examples))
+    dtype = engine.compute_dtype(args.dtype, source)
+    if args.dry_run:
+        from bitdistiller import plan
+
+        plan.show(args, source, grid, training, dtype)
+        return None
+
+    def load(where: str):
+        return checkpoint.load_model(source, device=where, dtype=dtype)
+
+    def quantized(where: str):
+        start = Path(args.start) if args.start else None
+        return student.build(load(where), grid, ranges=ranges, learn=args.learn, start=start)
+
+    pupil = quantized(device)
+    teacher = None
+    if args.kd_loss_type != "ce" and stored is None:
+        teacher = load(device).eval().requires_grad_(False)
+        if args.zero < 3:
+            # At stage 3 the engine takes the student's tensors apart.
+            student.share(pupil, teacher)
+    collate = material.collate(examples, tokenizer, args.original_loss, stored)
+
+    def batches(step: int) -> list[dict]:
+        return [collate(micro) for micro in example_sets.deal(examples.lengths, step, training)]
+
+    identity = _identity(args, source, training, dtype, examples, look_at, stored)
+    objective, beta = _objective(args, pupil, teacher, stored, batches)
+    held_collate = material.collate(look_at, tokenizer, args.original_loss)
+    held_objective = validation.label_loss if stored else objective
+    eval_batch = args.per_device_eval_batch_size or args.per_device_train_batch_size
+
+    def evaluate(running, step: int) -> dict:
+        if args.ppl:
+            value = validation.perplexity(running, look_at)
+            return {"value": value, "perplexity": value}
+        found = validation.held_out(
+            running, len(look_at), held_collate, held_objective, batch=eval_batch
+        )
+        named = {f"validation_{name}": value for name, value in found.items()}
+        return {"value": found["loss"], **named}
+
+    def finish(tensors):
+        model = trainer.put_in(quantized("cpu"), tensors, checkpoint.parse_dtype(dtype))
+        plain, side, note = result.finish(model)
+        return plain, {result.FILE: (side, note)}
+
+    shown = {"bits": grid.bits, "learning_rate": training.learning_rate, "steps": training.steps}
+    shown |= {"dtype": dtype, "model_max_length": longest, "processes": distributed.world_size()}
+    step_entry = {
+        "method": "bitdistiller", "base": args.model, "command": card.command_line(),
+        "settings": _settings(args) | shown | ({} if beta is None else {"beta": beta}),
+        "training": {
+            "dataset": args.data, "nsamples": len(examples), "seqlen": longest, "seed": args.seed,
+        },
+    }  # fmt: skip
+    return trainer.train(
+        pupil.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
+        step_entry=step_entry, source=source, evaluate=evaluate,
+        eval_steps=args.eval_steps or max(1, len(examples) // example_sets.batch_size(training)),
+        save_steps=args.save_steps, finish=finish, resume=args.resume, overwrite=args.overwrite,
+    )  # fmt: skip
+
+
+def _check(args):
+    """Fill in what depends on other flags, refuse what does not go together; returns the grid."""
+    if args.model and args.model_name_or_path:
+        raise UserError("MODEL and --model_name_or_path: give one of the two.")
+    args.model = args.model or args.model_name_or_path
+    if not args.model:
+        raise UserError("no model is named; give MODEL (or --model_name_or_path).")
+    kind, bits = ORIGINAL_NAMES.get(args.quant_type, (args.quant_type, args.bits))
+    if args.bits not in (None, bits):
+        raise UserError(f"--bits {args.bits}: {args.quant_type} has {bits}; use --quant_type int.")
+    grid = clipping.make_grid(bits, args.q_group_size, kind)
+    args.out = args.out or f"{Path(args.model).name}-qat-w{grid.bits}"
+    args.learn = args.learn or ("scales" if args.start else "weights")
+    if args.bf16:
+        if args.dtype not in ("auto", "bfloat16"):
+            raise UserError(f"--bf16 and --dtype {args.dtype}: give one of the two.")
+        args.dtype = "bfloat16"
+    if not args.train_kd:
+        args.kd_loss_type = "ce"
+    if args.kd_loss_type == "ce" and args.teacher_cache:
+        raise UserError("--kd_loss_type ce has no teacher; leave --teacher_cache out.")
+    if args.beta is not None and not 0 <= args.beta <= 1:
+        raise UserError(f"--beta {args.beta}: expected 0 to 1.")
+    for name in (
+        "num_train_epochs", "max_steps", "max_train_samples", "max_eval_samples", "cakld_steps",
+        "eval_steps", "save_steps", "ppl_limit", "per_device_eval_batch_size",
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value}: expected a number above 0.")
+    return grid
+
+
+def _check_source(source: Path, out: Path) -> None:
+    if out.exists() and out.samefile(source):
+        raise UserError(f"{out} is the model itself; choose another --out.")
+    if checkpoint.Weights(source).layout in ("compressed-tensors", "gptq"):
+        raise UserError(f"{source} is packed already; give the dense model that it was made from.")
+    if (source / result.FILE).is_file():
+        raise UserError(
+            f"{source} holds quantized values, no teacher; give the dense model that it was made "
+            f"from, and --start {source} to go on from there."
+        )
+
+
+def _look_at(args, tokenizer, config, longest: int):
+    """What a look is at: --ppl's windows int64 [N, T], or the held-out examples."""
+    if not args.ppl:
+        return material.read(args, tokenizer, longest, "validation")
+    return data.evaluation(tokenizer, args.ppl, seqlen=window_length(config), limit=args.ppl_limit)
+
+
+def _training(args, count: int) -> engine.Training:
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch *= distributed.world_size()
+    steps = args.max_steps or max(1, ceil(args.num_train_epochs * count / max(1, batch)))
+    made = engine.Training(
+        args.learning_rate, steps, args.per_device_train_batch_size,
+        args.gradient_accumulation_steps, args.warmup_steps, args.lr_scheduler_type,
+        weight_decay=args.weight_decay, clip=args.max_grad_norm, zero=args.zero,
+        offload=args.offload, gradient_checkpointing=args.gradient_checkpointing, seed=args.seed,
+    )  # fmt: skip
+    distributed.say(
+        f"{args.kd_loss_type} of {args.model}: {steps} steps of {batch} examples, "
+        f"{steps * batch / count:.3g} epochs, learning rate {args.learning_rate:.3g}"
+    )
+    return made
+
+
+def _objective(args, pupil, teacher, stored, batches) -> tuple[Callable, float | None]:
+    """The loss, and beta where it has one."""
+    if args.kd_loss_type == "ce":
+        return validation.label_loss, None
+    # The student has the teacher's head, and what is said of one is true of both.
+    fused = teacher is not None and hidden_loss.fusable(teacher, args.zero)
+    beta = None
+    if args.kd_loss_type == "cakld":
+        beta = args.beta
+        if beta is None:
+            first = (batch for step in range(args.cakld_steps) for batch in batches(step))
+            beta = objectives.confidence(teacher, first, fused)
+        distributed.say(f"cakld: beta {beta:.4f}")
+    rows = objectives.row_function(args.kd_loss_type, beta)
+    if stored:
+        return objectives.from_cache(rows, stored.vocabulary), beta
+    return objectives.from_teacher(teacher, rows, fused), beta
+
+
+def _settings(args) -> dict:
+    return {k: v for k, v in vars(args).items() if k not in FREE and v is not None}
+
+
+def _identity(args, source: Path, training, dtype: str, examples, look_at, stored) -> dict:
+    settings = _settings(args) | {
+        "steps": training.steps, "batch": example_sets.batch_size(training), "dtype": dtype,
+    }  # fmt: skip
+    for name in ("clip", "start", "teacher_cache"):
+        settings.pop(name, None)
+    identity = writer.fingerprint(source, None, settings)
+    looked = hashlib.sha256(look_at.numpy()).hexdigest()[:16] if args.ppl else look_at.key
+    identity["data"] = {"training": examples.key, "looked at": looked}
+    if args.clip:
+        path = Path(args.clip)
+        identity["clip"] = _hash(path / clips.FILE if path.is_dir() else path)
+    if args.start:
+        folder = Path(args.start)
+        identity["start"] = writer.fingerprint(folder, None, {})["model"] | {
+            result.FILE: _hash(folder / result.FILE)
+        }
+    if stored:
+        identity["teacher_cache"] = stored.identity
+    return identity
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
