@@ -1,7 +1,7 @@
 """clip.safetensors: the range of every group of every linear, and the model that they belong to.
 
 Tensors "X.low" and "X.high" [O, G] in the model's dtype, X a linear's full name. The metadata has
-one entry, NOTE, in JSON: {"bits", "group_size", "quant_type": "int", "nf3" or "nf4", "model": file
+one entry, NOTE, in JSON: {"quant_type": "int", "nf3" or "nf4", "bits", "group_size", "model": file
 name -> size and hash}.
 """
 
@@ -18,7 +18,7 @@ from harness import checkpoint, writer
 
 FILE = "clip.safetensors"
 NOTE = "bitdistiller"
-FLAGS = {"bits": "--w_bit", "group_size": "--q_group_size", "quant_type": "--quant_type"}
+FLAGS = {"quant_type": "--quant_type", "bits": "--w_bit", "group_size": "--q_group_size"}
 
 
 def note(model_folder: Path, grid: Grid | NormalFloat) -> dict[str, str]:
@@ -29,7 +29,7 @@ def note(model_folder: Path, grid: Grid | NormalFloat) -> dict[str, str]:
 
 def _kind(grid: Grid | NormalFloat) -> dict:
     kind = "int" if isinstance(grid, Grid) else f"nf{grid.bits}"
-    return {"bits": grid.bits, "group_size": grid.group_size, "quant_type": kind}
+    return {"quant_type": kind, "bits": grid.bits, "group_size": grid.group_size}
 
 
 def read(
