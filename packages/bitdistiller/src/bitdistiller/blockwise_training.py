@@ -99,7 +99,7 @@ def train_blocks(
         if value < 1:
             raise UserError(f"--{name} is {value}; expected at least 1.")
     for name, value in {"epochs": epochs, "quant_lr": quant_lr, "weight_lr": weight_lr}.items():
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise UserError(f"--{name} is {value}; expected 0 or more.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("blocks are trained by one process; start it without torchrun.")
@@ -180,6 +180,11 @@ class BlockTraining:
         before = self._error(index)
         self._train(index, placed)
         after = self._error(index)
+        if after > before:
+            print(
+                f"block {index} got worse; lower --weight_lr and --quant_lr, or give more windows",
+                file=sys.stderr,
+            )
         side, rows = {}, []
         for name, module in placed.items():
             side |= result.grid_tensors(name, module.quantized())

@@ -1,0 +1,155 @@
+"""Block-AP: against plain autograd, against rounding, resumed, refused."""
+
+import math
+from pathlib import Path
+
+import families
+import pytest
+import runs
+import torch
+from bitdistiller import blockwise, export, result, student
+from harness.grid import Grid, nearest
+from harness.stages import get_matrix
+from test_quantizer import learned, through
+from test_student import logits
+from transformers import AutoModelForCausalLM
+
+from harness import checkpoint, data
+
+FLAGS = "--q_group_size 16 --nsamples 6 --val_size 2 --seqlen 16"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    families.save("llama", folder / "model", tokenizer=True, num_hidden_layers=3)
+    (folder / "text.txt").write_text(families.TEXT * 40)
+    return folder / "model", folder / "text.txt"
+
+
+def run(inputs, out, *words):
+    return blockwise.main([*map(str, inputs), *FLAGS.split(), "--out", str(out), *words])
+
+
+def plain(folder, dtype="auto"):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def test_without_training_it_is_rounding(inputs, tmp_path):
+    assert run(inputs, tmp_path / "out", "--epochs", "0", "--dtype", "bfloat16") == 0
+    expected = plain(inputs[0], torch.bfloat16)
+    with torch.no_grad():
+        for module in student.find_linears(expected).values():
+            values = nearest(module.weight.float(), Grid(2, 16), torch.bfloat16)
+            module.weight.copy_(values.dequantize(torch.bfloat16))
+    assert torch.equal(logits(plain(tmp_path / "out")), logits(expected))
+
+
+def test_a_block_is_trained_as_plain_autograd_does(inputs, tmp_path):
+    rate, grid_rate, grid = 2e-3, 1e-3, Grid(3, 16)
+    words = ["--bits", "3", "--epochs", "2", "--batch_size", "3"]
+    words += ["--weight_lr", str(rate), "--quant_lr", str(grid_rate)]
+    assert run(inputs, tmp_path / "out", *words) == 0
+
+    model = plain(inputs[0]).requires_grad_(False)
+    tokenizer = checkpoint.load_tokenizer(inputs[0])
+    windows = data.calibration(tokenizer, str(inputs[1]), nsamples=8, seqlen=16, seed=0)
+    first, seen = model.model.layers[0], []
+    first.register_forward_hook(lambda m, a, k, y: seen.append((a, k, y)), with_kwargs=True)
+    batches = windows[:6].split(3)
+    for ids in batches:
+        model(ids, use_cache=False)
+    calls, seen = seen, None
+    first._forward_hooks.clear()
+    names = [n for n, m in first.named_modules() if isinstance(m, torch.nn.Linear)]
+    trained = {}
+    for name in names:
+        weight = first.get_submodule(name).weight
+        begin = nearest(weight, grid, torch.float32)
+        parts = (weight, begin.scale, begin.zero.float())
+        trained[name] = [t.detach().clone().requires_grad_() for t in parts]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [t for _, *ts in trained.values() for t in ts], "lr": grid_rate},
+            {"params": [w for w, *_ in trained.values()], "lr": rate},
+        ],
+        weight_decay=0,
+    )
+    cosine = [0.05 + 0.475 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine.__getitem__)
+
+    def value(weight, scale, zero):
+        zero = through(zero, zero.round().clamp(0, grid.max_code))
+        groups = weight.view(-1, 16)
+        return learned(groups, scale.view(-1, 1), zero.view(-1, 1), grid).view_as(weight)
+
+    for args, kwargs, target in calls * 2:
+        weights = {f"{n}.weight": value(*parts) for n, parts in trained.items()}
+        output = torch.func.functional_call(first, weights, args, kwargs)
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(output, target).backward()
+        optimizer.step()
+        rates.step()
+
+    got = plain(tmp_path / "out").model.layers[0]
+    grids = result.Grids(tmp_path / "out")
+    for name, parts in trained.items():
+        scale, zero = grids.read(f"model.layers.0.{name}")
+        assert torch.allclose(scale, parts[1], atol=1e-5)
+        assert not torch.allclose(
+            scale, nearest(first.get_submodule(name).weight, grid, torch.float32).scale, atol=1e-4
+        )
+        assert torch.equal(zero, parts[2].round().clamp(0, 7).to(torch.uint8))
+        near = (got.get_submodule(name).weight - value(*parts)).abs() < 1e-3
+        assert near.float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_helps_and_goes_on_to_training_and_packing(dtype, inputs, tmp_path, capsys):
+    words = ["--epochs", "2", "--weight_lr", "2e-3", "--quant_lr", "2e-3", "--dtype", dtype]
+    words += ["--nsamples", "32"]
+    assert run(inputs, tmp_path / "out", *words) == 0
+    table = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    errors = [(float(before), float(after)) for _, before, after in table[2:]]
+    assert len(errors) == 3 and all(after < 0.9 * before for before, after in errors)
+    expected = logits(plain(tmp_path / "out"))
+    for learn in ("scales", "all"):
+        dense = plain(inputs[0], expected.dtype)
+        built = student.build(dense, Grid(2, 16), learn=learn, start=tmp_path / "out")
+        assert torch.equal(logits(built), expected)
+    assert export.main([str(tmp_path / "out"), "--out", str(tmp_path / "packed")]) == 0
+    assert torch.equal(logits(plain(tmp_path / "packed")), expected)
+
+
+def test_conv1d(tmp_path, inputs):
+    families.save("gpt2", tmp_path / "model", tokenizer=True, n_layer=2)
+    assert run((tmp_path / "model", inputs[1]), tmp_path / "out", "--epochs", "1") == 0
+    model, codes = result.read(tmp_path / "out")
+    for name, module in student.find_linears(model).items():
+        assert torch.equal(codes[name].dequantize(torch.float32), get_matrix(module))
+
+
+def test_killed_runs_resume_to_the_same_bytes(inputs, tmp_path):
+    driver = Path(__file__).with_name("blockwise_driver.py")
+    runs.killed_runs_equal_the_straight_one(tmp_path, 2 + 2 + 5, driver, *inputs, tmp_path, 2, 0)
+
+
+def test_refusals(inputs, tmp_path, capsys, monkeypatch):
+    def refused(*words, of=inputs):
+        assert run(of, tmp_path / "out", *words) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert "expected one of 2" in refused("--bits", "9")
+    assert "does not divide" in refused("--group_size", "24")
+    assert "--val_size is 0" in refused("--val_size", "0")
+    assert "autoclip makes it" in refused("--clip", str(tmp_path / "nothing"))
+    assert "--weight_lr is -1.0" in refused("--weight-lr", "-1")
+    huge = plain(inputs[0])
+    huge.model.layers[0].mlp.down_proj.weight.data *= 1e25
+    huge.save_pretrained(tmp_path / "huge")
+    families.save_tokenizer(tmp_path / "huge")
+    assert "lower --weight_lr" in refused(of=(tmp_path / "huge", inputs[1]))
+    assert run(inputs, tmp_path / "out", "--dry-run") == 0 and not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refused()
