@@ -17,7 +17,7 @@ from harness import checkpoint, distributed, example_sets, response_file, respon
 BATCH = {"transformers": 16, "vllm": 1024}
 NEW_TOKENS = 1024
 # What changes what is said by more than rounding.
-SETTINGS = ("dataset", "max_sample", "engine", "max_new_tokens", "temperature", "top_p", "seed")
+SETTINGS = ("dataset", "engine", "dtype", "max_new_tokens", "temperature", "top_p", "seed")
 
 
 def generate(args) -> str | None:
@@ -37,10 +37,10 @@ def generate(args) -> str | None:
     names = [name for name in args.dataset.split(",") if name]
     counts = samples(names, args.max_sample)
     new = args.max_new_tokens or min(NEW_TOKENS, (context or 2 * NEW_TOKENS) // 2)
-    if new < 1 or (context and new >= context):
+    if context and new >= context:
         raise UserError(
-            f"--max_new_tokens {new}: expected 1 to {context - 1 if context else 'any number'}; "
-            f"the model's context of {context} holds prompt and response."
+            f"--max_new_tokens {new}: expected 1 to {context - 1}; the model's context of "
+            f"{context} holds prompt and response."
         )
     args.max_new_tokens = new
     sampling = responses.Sampling(new, args.temperature, args.top_p)
@@ -56,7 +56,7 @@ def generate(args) -> str | None:
     if args.dry_run:
         print(f"{len(groups)} batches of at most {args.batch_size} prompts -> {out}")
         return None
-    settings = {key: getattr(args, key) for key in SETTINGS} | {"dtype": args.dtype}
+    settings = {key: getattr(args, key) for key in SETTINGS} | {"max_sample": counts}
     longest = max(map(len, prompts)) + new
     said = response_file.write(
         out,
