@@ -4,8 +4,8 @@
     python benchmarks/qat_losses.py --bits 3 --losses cakld ce --seeds 10
 
 Every run is the same command but for --kd_loss_type and --seed (the order of the data): same start
-(clipped), data, steps and learning rate, the last weights kept (no choice by a held-out set).
-Measured afterwards on the held-out text: perplexity, and both KLs from the dense model and the share
+(clipped), data, steps and learning rate, the last weights kept (nothing chosen by a held-out set).
+Measured afterwards on the held-out text: perplexity, both KLs from the dense model, and the share
 of equal first choices. Results that are there already are kept.
 """
 

@@ -33,6 +33,7 @@ texts=${TEXTS:-${here[6]}}              # perplexity texts
 questions=${QUESTIONS-${here[7]}}
 eval_flags=${EVAL_FLAGS:-${here[8]}}
 clip_flags=${CLIP_FLAGS:-${here[9]}}
+gptq_flags=${GPTQ_FLAGS:-}              # e.g. "--nsamples 16"
 launch=${LAUNCH:-python -m}
 format=compressed-tensors
 [ "$kind" = int ] || format=dense
@@ -68,7 +69,7 @@ make bitdistiller python -m bitdistiller.export "$out/trained" --format "$format
 # The others.
 make rtn python -m gptq "$model" --nearest --wbits "$bits" --groupsize "$group"
 make gptq python -m gptq "$model" "$calibration" --wbits "$bits" --groupsize "$group" --act-order \
-    --true-sequential
+    --true-sequential $gptq_flags
 results=()
 measure() { # measure MODEL NAME
     harness eval "$1" --ppl $texts $questions --speed $eval_flags --out "$out/results/$2.json" \

@@ -85,6 +85,39 @@ def test_quickstart(tmp_path, run_recipe):
     assert f"table: {table}" in shown and "bits/weight" in table.read_text()
 
 
+def table(path) -> dict[str, dict[str, str]]:
+    """Rows of a Markdown table by their first cell, cells by their column."""
+    head, _, *lines = [line for line in path.read_text().splitlines() if "|" in line]
+    columns = [cell.strip() for cell in head.split("|")[1:-1]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {cells[0]: dict(zip(columns, cells, strict=True)) for cells in rows}
+
+
+def number(row: dict[str, str], column: str) -> float:
+    """The cell of the column that begins so."""
+    return float(next(v for k, v in row.items() if k.startswith(column)).replace(",", ""))
+
+
+def test_bitdistiller(tmp_path, run_recipe):
+    """All steps on the small embedded model; a few steps of training already help."""
+    settings = {
+        "OUT": str(tmp_path), "COUNTS": "24,24", "EVAL_FLAGS": "--limit 8",
+        "GENERATE_FLAGS": "--max_new_tokens 48 --batch_size 24",
+        "TRAIN_FLAGS": "--learning_rate 1e-3 --model_max_length 64 --max_steps 12 --eval_steps 6 "
+        "--per_device_train_batch_size 8 --ppl stdlib --ppl_limit 4",
+        "CLIP_FLAGS": "--n_samples 8 --seqlen 64", "GPTQ_FLAGS": "--nsamples 8",
+    }  # fmt: skip
+    run_recipe("bitdistiller.sh", "tiny-llama-student", **settings)
+    rows = table(tmp_path / "table.md")
+    assert list(rows) == ["tiny-llama-student", "rtn", "clipped", "gptq", "bitdistiller"]
+    losses = {name: number(row, "PPL") for name, row in rows.items()}
+    assert losses["tiny-llama-student"] < losses["bitdistiller"] < losses["clipped"] < losses["rtn"]
+    for name in ("clipped", "gptq", "bitdistiller"):
+        assert number(rows[name], "bits/weight") == number(rows["rtn"], "bits/weight") < 2.2
+    assert all(number(row, "decode") > 0 for row in rows.values())
+    assert (tmp_path / "frontier.png").stat().st_size > 5000
+
+
 def test_llm_compression(tmp_path, run_recipe):
     """One point of each kind, a recovery of seconds; its table, plots and demo."""
     settings = {
@@ -93,14 +126,7 @@ def test_llm_compression(tmp_path, run_recipe):
         "NSAMPLES": "8", "EVAL_FLAGS": "--limit 8",
     }  # fmt: skip
     shown = run_recipe("llm_compression.sh", "tiny-llama", **settings)
-    head, _, *lines = [
-        line for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line
-    ]
-    columns = [cell.strip() for cell in head.split("|")[1:-1]]
-    rows = {}
-    for line in lines:
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        rows[cells[0]] = dict(zip(columns, cells, strict=True))
+    rows = table(tmp_path / "table.md")
     assert rows.keys() == {
         "tiny-llama", "block-50", "channel-25", "sparsegpt-50", "twice-50-70",
         "block-50-recovered", "block-50-distilled", "tiny-llama-nf4-dq",
@@ -108,7 +134,7 @@ def test_llm_compression(tmp_path, run_recipe):
     }  # fmt: skip
 
     def value(row, column):
-        return float(next(v for k, v in rows[row].items() if k.startswith(column)).replace(",", ""))
+        return number(rows[row], column)
 
     for column in ("parameters", "MMAC/token", "MB"):
         assert value("channel-25", column) < value("tiny-llama", column)
