@@ -4,7 +4,7 @@
     python benchmarks/qat_losses.py --bits 3 --losses cakld ce --seeds 10
 
 Every run is the same command but for --kd_loss_type and --seed (the order of the data): same start
-(clipped), data, steps and learning rate, the last weights kept (nothing chosen by a held-out set).
+(clipped), data, steps and learning rate, looked at only at the end.
 Measured afterwards on the held-out text: perplexity, both KLs from the dense model, and the share
 of equal first choices. Results that are there already are kept.
 """
@@ -64,7 +64,8 @@ def train(args, clip: Path, loss: str, seed: int, out: Path, width: list[str]) -
         "--bits", str(args.bits), *width, "--kd_loss_type", loss, "--seed", str(seed),
         "--max_steps", str(args.steps), "--learning_rate", args.learning_rate,
         "--lr_scheduler_type", "cosine", "--warmup_steps", "20", "--model_max_length", "256",
-        "--per_device_train_batch_size", "8", "--eval_steps", "0", "--out", str(out))  # fmt: skip
+        "--per_device_train_batch_size", "8", "--ppl", args.text, "--ppl_limit", "16",
+        "--eval_steps", str(args.steps), "--out", str(out))  # fmt: skip
 
 
 def measure(args, folder: Path) -> dict[str, float]:
