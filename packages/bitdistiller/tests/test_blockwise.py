@@ -7,14 +7,14 @@ import families
 import pytest
 import runs
 import torch
-from bitdistiller import blockwise, export, result, student
+from bitdistiller import blockwise, clips, export, result, student
 from harness.grid import Grid, nearest
 from harness.stages import get_matrix
 from test_quantizer import learned, through
-from test_student import logits
+from test_student import logits, make_ranges, rounded
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint, data
+from harness import checkpoint, data, writer
 
 FLAGS = "--q_group_size 16 --nsamples 6 --val_size 2 --seqlen 16"
 
@@ -35,14 +35,21 @@ def plain(folder, dtype="auto"):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def test_without_training_it_is_rounding(inputs, tmp_path):
-    assert run(inputs, tmp_path / "out", "--epochs", "0", "--dtype", "bfloat16") == 0
-    expected = plain(inputs[0], torch.bfloat16)
-    with torch.no_grad():
-        for module in student.find_linears(expected).values():
-            values = nearest(module.weight.float(), Grid(2, 16), torch.bfloat16)
-            module.weight.copy_(values.dequantize(torch.bfloat16))
-    assert torch.equal(logits(plain(tmp_path / "out")), logits(expected))
+@pytest.mark.parametrize("clipped", [False, True])
+def test_without_training_it_is_rounding(clipped, inputs, tmp_path):
+    words, grid = ["--epochs", "0", "--dtype", "bfloat16"], Grid(2, 16)
+    dense = plain(inputs[0], torch.bfloat16)
+    ranges = make_ranges(dense)
+    if clipped:
+        ends = {f"{n}.low": r[0] for n, r in ranges.items()}
+        ends |= {f"{n}.high": r[1] for n, r in ranges.items()}
+        writer.save_tensors(tmp_path / clips.FILE, ends, clips.note(inputs[0], grid))
+        words += ["--clip", str(tmp_path)]
+    else:
+        ranges = {n: (low * 2, high * 2) for n, (low, high) in ranges.items()}
+    assert run(inputs, tmp_path / "out", *words) == 0
+    expected = logits(rounded(dense, ranges))
+    assert torch.equal(logits(plain(tmp_path / "out")), expected)
 
 
 def test_a_block_is_trained_as_plain_autograd_does(inputs, tmp_path):
@@ -143,7 +150,7 @@ def test_refusals(inputs, tmp_path, capsys, monkeypatch):
     assert "expected one of 2" in refused("--bits", "9")
     assert "does not divide" in refused("--group_size", "24")
     assert "--val_size is 0" in refused("--val_size", "0")
-    assert "autoclip makes it" in refused("--clip", str(tmp_path / "nothing"))
+    assert "bitdistiller.autoclip" in refused("--clip", str(tmp_path / "nothing"))
     assert "--weight_lr is -1.0" in refused("--weight-lr", "-1")
     huge = plain(inputs[0])
     huge.model.layers[0].mlp.down_proj.weight.data *= 1e25

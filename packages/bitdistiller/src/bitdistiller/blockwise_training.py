@@ -28,12 +28,11 @@ from harness.plan import print_plan
 from harness.stages import linears
 from torch import nn
 
-from bitdistiller import result, student
+from bitdistiller import clips, result, student
 from bitdistiller.quantizer import FakeQuantLinear
 from harness import checkpoint, data, memory, preflight, sequential, writer
 
 LOWEST_RATE = 1 / 20  # of the first one, at the end of the cosine
-CLIP_FILE = "clip.safetensors"
 
 
 @dataclass
@@ -107,9 +106,11 @@ def train_blocks(
     torch_dtype = None if dtype == "auto" else checkpoint.parse_dtype(dtype)
     decoder = Decoder(folder, device=checkpoint.pick_device(device), dtype=torch_dtype)
     preflight.check(decoder, grid, "dense", out)
+    ranges = None if clip is None else clips.read(clip, folder, grid)
     settings = {
-        "bits": bits, "group_size": group_size, "clip": _mark(clip), "val_size": val_size,
-        "batch_size": batch_size, "epochs": epochs, "quant_lr": quant_lr, "weight_lr": weight_lr,
+        "bits": bits, "group_size": group_size, "clip": None if clip is None else _mark(clip),
+        "val_size": val_size, "batch_size": batch_size, "epochs": epochs, "quant_lr": quant_lr,
+        "weight_lr": weight_lr,
     }  # fmt: skip
     method = sequential.Method(
         "block-ap", settings, None, side_file=result.FILE,
@@ -117,11 +118,6 @@ def train_blocks(
     )  # fmt: skip
     if not dry_run:
         writer.check_out(out, overwrite)
-    ranges = None
-    if clip is not None:
-        from bitdistiller import clips
-
-        ranges = clips.read(clip, folder, grid)
     seqlen = window_length(decoder.config, seqlen)
     windows = data.calibration(
         checkpoint.load_tokenizer(folder), dataset, nsamples=nsamples + val_size, seqlen=seqlen,
@@ -139,13 +135,9 @@ def train_blocks(
     )  # fmt: skip
 
 
-def _mark(clip: str | Path | None) -> str | None:
+def _mark(clip: str | Path) -> str:
     """The clip file as the user named it, and a hash, so that a resumed run has the same one."""
-    if clip is None:
-        return None
-    path = Path(clip) / CLIP_FILE if Path(clip).is_dir() else Path(clip)
-    if not path.is_file():
-        raise UserError(f"{path} not found; python -m bitdistiller.autoclip makes it.")
+    path = Path(clip) / clips.FILE if Path(clip).is_dir() else Path(clip)
     with path.open("rb") as file:
         return f"{clip} ({hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
 

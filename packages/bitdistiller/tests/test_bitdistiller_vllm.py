@@ -1,0 +1,39 @@
+"""An exported 4-bit result runs on vLLM's integer kernels and says what its dense twin says.
+
+`nox -s vllm` has the environment.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+import vllm_tokens
+from bitdistiller import export, student
+from harness.grid import Grid
+from test_student import stored
+from transformers import AutoModelForCausalLM
+
+from harness import checkpoint
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+def test_exported_model_generates_what_its_dense_twin_does(tmp_path):
+    source = checkpoint.resolve("tiny-llama")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    result = stored(student.build(model, Grid(4, 128)), source, tmp_path / "result")
+    packed = tmp_path / "packed"
+    assert export.main([str(result), "--out", str(packed)]) == 0
+    tokenizer = checkpoint.load_tokenizer("tiny-llama")
+    prompts = [tokenizer(text)["input_ids"] for text in vllm_tokens.TEXTS]
+    tokens, log = vllm_tokens.ask([packed], prompts, tmp_path)
+    assert "Kernel for CompressedTensors" in log
+
+    twin = checkpoint.load_model(result)
+    expected = vllm_tokens.transformers_tokens(twin, prompts)
+    eps, exact = torch.finfo(twin.dtype).eps, twin.float()
+    agreed = vllm_tokens.agreement(exact, eps, prompts, tokens[str(packed)], expected)
+    assert agreed > len(expected) * vllm_tokens.NEW / 2
