@@ -30,13 +30,15 @@ def start(device: str) -> str:
 def group():
     """Leave the process group when the body ends. After a success all ranks leave together: one
     that leaves while another still talks to it can abort on its way out, with the result long
-    written (seen once with gloo). After an error nobody waits."""
+    written (seen once with gloo). After an error nobody waits. A group that was there before stays:
+    it is DeepSpeed's (`engine.group`)."""
+    before = dist.is_initialized()
     try:
         yield
         if dist.is_initialized():
             dist.barrier()
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not before:
             dist.destroy_process_group()
 
 
