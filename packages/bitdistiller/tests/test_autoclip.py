@@ -7,7 +7,7 @@ import families
 import pytest
 import runs
 import torch
-from bitdistiller import autoclip, clips
+from bitdistiller import autoclip, clips, student
 from bitdistiller.clip_search import clamp, full_range, search
 from bitdistiller.clipping import UNCLIPPED, GroupMoments, clip, make_grid
 from harness.grid import Grid, nearest
@@ -19,7 +19,6 @@ from harness import checkpoint, data, perplexity
 from harness import decoder as decoder_module
 
 SETTINGS = {"n_samples": 5, "seqlen": 24, "q_group_size": 16}
-TENSORS = ("low", "high")
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +98,19 @@ def test_ranges_are_those_of_the_inputs_that_the_result_itself_gives(family, kin
         stored = get_matrix(blocks[prefix].get_submodule(linear))
         assert torch.equal(stored, rounded)
     assert clipped >= 6  # all but the attention's inputs
+
+
+@pytest.mark.parametrize("kind", ["int", "nf3"])
+@torch.no_grad()
+def test_training_starts_at_the_clipped_checkpoint(kind, tmp_path):
+    model, text = make("llama", tmp_path, dtype=torch.bfloat16, num_hidden_layers=2)
+    clip(model, text, out=tmp_path / "out", quant_type=kind, **SETTINGS)
+    grid = make_grid(None, 16, kind)
+    ranges = clips.read(tmp_path / "out", Path(model), grid)
+    built = student.build(checkpoint.load_model(model), grid, ranges=ranges)
+    tokens = families.windows(2)
+    rounded = checkpoint.load_model(tmp_path / "out")
+    assert torch.equal(built(tokens).logits, rounded(tokens).logits)
 
 
 def test_queries_and_keys_are_told_by_name():

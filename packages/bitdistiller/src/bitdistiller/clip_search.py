@@ -11,7 +11,7 @@ H = mean(x xᵀ) that is dᵀ H d for any number of tokens, so that no token is 
 Cost per weight. Integers: every range has another scale, so all K² = 100 quantizations are needed
 and a product with H for each, of which symmetry saves almost half: the floor is K² (g / 2
 multiply-adds and 7 elementwise operations), memory traffic that of reading the weight once, as
-chunks of rows stay in the cache. Measured on one thread at g = 128: 2.6 ns per weight and
+chunks of rows stay in the cache. Measured on one thread at g = 128: 2.9 ns per weight and
 candidate, where the floor's multiply-adds take 1.2 at the speed of a large product. NormalFloat:
 values above zero depend on the upper end alone, those below on the lower one, so 2 K quantizations;
 the error is bilinear in the two parts: 2 K g + K² multiply-adds.
