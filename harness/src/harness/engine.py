@@ -39,6 +39,8 @@ DIVERGED = (
     ": training diverged; lower the learning rate (with --no-resume), or use --dtype float32."
 )
 
+GPU_ONLY = "float16 trains on GPUs only; use --dtype bfloat16 or float32."
+
 
 class Diverged(UserError):
     """A loss that is not finite: the same command would end so again."""
@@ -176,6 +178,8 @@ def memory_knobs():
 def compute_dtype(dtype: str, folder: Path) -> str:
     """The name of the dtype to train in: auto is float32 where the checkpoint is stored so, else
     bfloat16. float16 has to be asked for, and needs a GPU."""
+    if dtype == "float16" and not torch.cuda.is_available():
+        raise UserError(GPU_ONLY)
     if dtype != "auto":
         return dtype
     return "float32" if checkpoint.Weights(folder).dtype == torch.float32 else "bfloat16"
@@ -190,7 +194,7 @@ def start(model: torch.nn.Module, training: Training):
 
     dtype = next(model.parameters()).dtype
     if dtype == torch.float16 and not torch.cuda.is_available():
-        raise UserError("float16 trains on GPUs only; use --dtype bfloat16 or float32.")
+        raise UserError(GPU_ONLY)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
