@@ -179,8 +179,8 @@ class BlockTraining:
             )
         side, rows = {}, []
         for name, module in placed.items():
-            side |= result.grid_tensors(name, module.quantized())
-            plain = module.unwrap()
+            plain, quantized = module.unwrap()
+            side |= result.grid_tensors(name, quantized)
             parent, _, leaf = name.rpartition(".")
             setattr(decoder.model.get_submodule(parent), leaf, plain)
             rows.append(

@@ -85,9 +85,10 @@ def _stored(scale, zero, grid: Grid, dtype: torch.dtype):
 
 
 def _chunks(weight: torch.Tensor) -> list[slice]:
-    rows = len(weight)
-    step = max(1, CHUNK // weight.shape[1]) if weight.device.type == "cpu" else rows
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    # On GPUs, where launches cost, chunks only bound the memory of the passes between.
+    size = CHUNK if weight.device.type == "cpu" else 64 * CHUNK
+    step = max(1, size // weight.shape[1])
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
 def _values(weight, scale, zero, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
@@ -313,8 +314,12 @@ class FakeQuantLinear(nn.Module):
         return quantize_with(self._matrix(), self.scale, self.zero, self.grid, dtype)
 
     @torch.no_grad()
-    def unwrap(self) -> nn.Module:
-        """The plain module with the quantized values for its weight."""
-        self.plain.weight = nn.Parameter(self.value().contiguous(), requires_grad=False)
+    def unwrap(self) -> tuple[nn.Module, QuantizedWeight | torch.Tensor]:
+        """The plain module with the quantized values for its weight; and :meth:`quantized`."""
+        quantized = self.quantized()
+        packed = isinstance(quantized, QuantizedWeight)
+        value = quantized.dequantize(self._dtype()) if packed else quantized
+        value = value.T.contiguous() if self.transposed else value
+        self.plain.weight = nn.Parameter(value, requires_grad=False)
         self.plain.bias = self.bias
-        return self.plain
+        return self.plain, quantized

@@ -38,11 +38,11 @@ def finish(model: nn.Module) -> tuple[nn.Module, Tensors, dict[str, str]]:
         if not isinstance(module, FakeQuantLinear):
             continue
         grid = module.grid
-        quantized = module.quantized()
+        plain, quantized = module.unwrap()
         if isinstance(quantized, QuantizedWeight):
             tensors |= grid_tensors(name, quantized)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module.unwrap())
+        setattr(model.get_submodule(parent), leaf, plain)
     return model, tensors, {NOTE: note(grid)}
 
 
