@@ -7,8 +7,8 @@ from harness import cli
 
 EXAMPLES = """\
 examples:
-  python -m bitdistiller.blockwise tiny-llama stdlib --bits 2 --q_group_size 64 --nsamples 512 \\
-      --seqlen 128 --out tiny-blockwise
+  python -m bitdistiller.blockwise tiny-llama stdlib --bits 2 --nsamples 256 --seqlen 256 \\
+      --weight_lr 5e-4 --quant_lr 1e-3 --out tiny-blockwise
   python -m bitdistiller.blockwise MODEL c4 --bits 2 --q_group_size 64 --out model-blockwise
 then, the second stage:
   python -m bitdistiller.train MODEL --start model-blockwise --learn scales --data ... --out OUT
@@ -56,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
         "--nsamples", "--train_size", "--train-size",
         type=int,
         default=4096,
-        help="windows to train on (default 4096)",
+        help="windows to train on (default 4096); memory holds two hidden states of each of their "
+        "tokens",
     )  # fmt: skip
     how.add_argument(
         "--val_size", "--val-size",

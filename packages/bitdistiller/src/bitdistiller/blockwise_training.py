@@ -25,6 +25,7 @@ from harness.errors import UserError
 from harness.grid import Grid
 from harness.perplexity import window_length
 from harness.plan import print_plan
+from harness.progress import track
 from harness.stages import linears
 from torch import nn
 
@@ -172,6 +173,11 @@ class BlockTraining:
         before = self._error(index)
         self._train(index, placed)
         after = self._error(index)
+        if not math.isfinite(before + after):
+            raise UserError(
+                f"block {index} gives NaN or infinite activations in {decoder.dtype}; try --dtype "
+                "bfloat16 or float32."
+            )
         if after > before:
             print(
                 f"block {index} got worse; lower --weight_lr and --quant_lr, or give more windows",
@@ -224,12 +230,14 @@ class BlockTraining:
     def _train(self, index: int, placed: dict[str, FakeQuantLinear]) -> None:
         plan = self.plan
         steps = plan.epochs * self.train
+        if not steps:
+            return
         optimizer = torch.optim.AdamW(_groups(placed, plan), weight_decay=0)
         rates = [group["lr"] for group in optimizer.param_groups]
         self.decoder.differentiable = True
         try:
             with torch.enable_grad():
-                for step in range(steps):
+                for step in track(range(steps), f"block {index}"):
                     cosine = (1 + math.cos(math.pi * step / steps)) / 2
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * (LOWEST_RATE + (1 - LOWEST_RATE) * cosine)
