@@ -6,7 +6,7 @@ import pytest
 import qat_place as qat
 import torch
 import yaml
-from bitdistiller import autoclip, result, student
+from bitdistiller import autoclip, cache_teacher, result, student
 from harness.grid import Grid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -220,3 +220,19 @@ def test_cross_entropy_needs_no_teacher(place, tmp_path, monkeypatch):
     assert len(loaded) == 2  # the student, and the result
     rows = qat.looks(out)
     assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
+
+
+def test_a_cache_of_all_tokens_is_the_teacher(place, tmp_path, monkeypatch):
+    words = [place / "model", "--data", place / "set.jsonl", "--topk", 288, "--out"]
+    words += [tmp_path / "cache", "--model_max_length", 32]
+    assert cache_teacher.main([str(word) for word in words]) == 0
+    looked = ["--ppl", place / "text.txt", "--ppl_limit", 4]
+    live = qat.run(place, tmp_path / "live", *looked)
+    kept = qat.run(place, tmp_path / "kept", *looked, "--teacher-cache", tmp_path / "cache")
+    assert qat.looks(kept)[-1] == pytest.approx(qat.looks(live)[-1], rel=1e-2)
+    betas = [qat.log(out)["settings"]["beta"] for out in (live, kept)]
+    assert betas[0] == pytest.approx(betas[1], rel=1e-3)
+    held_out = qat.run(place, tmp_path / "held", "--teacher_cache", tmp_path / "cache", steps=1)
+    assert qat.looks(held_out)[0]["validation_loss"] > 1  # cross entropy
+    for more in (["--max_train_samples", 9], ["--train_on_inputs"]):
+        qat.run(place, tmp_path / "x", "--teacher_cache", tmp_path / "cache", *more, code=2)

@@ -6,11 +6,11 @@ import families
 import pytest
 import torch
 from harness.divergence import kl_rows
-from minillm import caching, finetune, finetuning, losses, models
+from minillm import finetune, finetuning, losses, models
 from minillm.cache_teacher import main
 from safetensors.torch import load_file
 
-from harness import checkpoint, example_sets, hidden_loss, teacher_cache
+from harness import checkpoint, example_sets, hidden_loss, teacher_cache, teacher_caching
 
 TOP = 5
 
@@ -147,7 +147,7 @@ def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
     words = ["teacher", "--data", "pairs", "--topk", "3", "--batch-size", "2"]
     assert main([*words, "--out", "whole"]) == 0
     assert "16 bytes each" in capsys.readouterr().out
-    real, calls = caching.probabilities, []
+    real, calls = teacher_caching.probabilities, []
 
     def stopping(*args):
         calls.append(1)
@@ -155,9 +155,9 @@ def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(caching, "probabilities", stopping)
+    monkeypatch.setattr(teacher_caching, "probabilities", stopping)
     assert main([*words, "--out", "again"]) == 130
-    monkeypatch.setattr(caching, "probabilities", real)
+    monkeypatch.setattr(teacher_caching, "probabilities", real)
     (place / "again.partial/shard-00003.safetensors.tmp").write_text("half")
     assert main([*words, "--out", "again", "--topk", "4"]) == 2
     assert "top_k" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def read(args, tokenizer, longest: int, part: str) -> Examples:
         raise UserError(f"{dataset} is too small for a part that is held out; give --eval_data.")
     return example_sets.examples(
         tokenizer, found, max_length=longest, max_prompt_length=longest - 1,
-        name=f"{dataset}, {part}", whole=args.train_on_inputs or args.original_loss,
+        name=f"{dataset}, {part}", whole=args.train_on_inputs,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ self-distillation."""
 import argparse
 import sys
 
+from bitdistiller import flags
 from harness import cli
 
 LOSSES = ("cakld", "forward", "reverse", "jsd", "ce")
@@ -36,9 +37,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("model", nargs="?", metavar="MODEL", help="folder, hub id or embedded name")
-    _add(p, "--model_name_or_path", metavar="MODEL", help="the same, as the original has it")
+    flags.add(p, "--model_name_or_path", metavar="MODEL", help="the same, as the original has it")
     _add_grid(p)
-    _add_data(p)
+    data = flags.add_data(p)
+    flags.add(data, "--eval_data", metavar="DATA", help="held-out examples (default: --data's own)")
+    flags.add(
+        data, "--max_eval_samples", type=int, default=500, metavar="N",
+        help="held-out examples, at most (default 500)",
+    )  # fmt: skip
     _add_objective(p)
     _add_schedule(p)
     _add_engine(p)
@@ -46,88 +52,49 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _add(group, *names: str, **more) -> None:
-    """A flag with underscores, and its spellings with hyphens."""
-    both = (spelling for name in names for spelling in (name, "--" + name[2:].replace("_", "-")))
-    group.add_argument(*dict.fromkeys(both), **more)
-
-
-def _yes(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text}: expected True or False")
-    return text.lower() == "true"
-
-
-def _add_switch(group, name: str, default: bool, help: str) -> None:
-    """NAME, or NAME True or False as the original has it."""
-    _add(group, name, nargs="?", const=True, default=default, type=_yes, metavar="BOOL", help=help)
-
-
 def _add_grid(p) -> None:
     g = p.add_argument_group("what the weights become")
-    _add(g, "--clip", metavar="PATH", help="from bitdistiller.autoclip (default: no clipping)")
-    _add(g, "--bits", type=int, metavar="N", help="2 to 8 (default 2; nf3 has 3, nf4 has 4)")
-    _add(
+    flags.add(g, "--clip", metavar="PATH", help="from bitdistiller.autoclip (default: no clipping)")
+    flags.add(g, "--bits", type=int, metavar="N", help="2 to 8 (default 2; nf3 has 3, nf4 has 4)")
+    flags.add(
         g, "--q_group_size", type=int, default=128, metavar="N",
         help="columns that share a scale; -1: a row (default 128)",
     )  # fmt: skip
-    _add(
+    flags.add(
         g, "--quant_type", default="int", choices=QUANT_TYPES,
         help="int (default; int2-asym is 2 bits of it): with a zero point; nf3 (ste-n2f3), nf4: "
         "NormalFloat with a scale for each sign",
     )  # fmt: skip
-    _add(
+    flags.add(
         g, "--learn", choices=["weights", "scales", "all"],
         help="weights (default): grids follow them; scales alone (default with --start); all: "
         "weights, scales and zero points",
     )  # fmt: skip
-    _add(
+    flags.add(
         g, "--start", metavar="FOLDER",
         help="a result of bitdistiller.blockwise or of this command, to go on from",
     )  # fmt: skip
 
 
-def _add_data(p) -> None:
-    g = p.add_argument_group("data")
-    _add(
-        g, "--data", "--data_path", required=True, metavar="DATA",
-        help="instructions: a table with columns prompt and response (or the original's rows "
-        "[[prompt, response]]), stdlib-doc, alpaca, dolly; or a text: stdlib, wikitext2, c4, a "
-        ".txt ..., of which every token is predicted",
-    )  # fmt: skip
-    _add(g, "--eval_data", metavar="DATA", help="held-out examples (default: --data's own)")
-    _add(
-        g, "--model_max_length", type=int, metavar="TOKENS",
-        help="of prompt and response, or a window of text (default 1024, or the model's context if "
-        "that is shorter)",
-    )  # fmt: skip
-    _add(g, "--max_train_samples", type=int, metavar="N", help="training examples, at most")
-    _add(
-        g, "--max_eval_samples", type=int, default=500, metavar="N",
-        help="held-out examples, at most (default 500)",
-    )  # fmt: skip
-    _add_switch(g, "--train_on_inputs", False, "learn the prompts too")
-
-
 def _add_objective(p) -> None:
     g = p.add_argument_group("towards what")
-    _add_switch(g, "--train_kd", True, "towards the dense model; False is --kd_loss_type ce")
-    _add(
+    flags.add_switch(g, "--train_kd", True, "towards the dense model; False is --kd_loss_type ce")
+    flags.add(
         g, "--kd_loss_type", default="cakld", choices=LOSSES,
         help="cakld (default): beta KL(student || teacher) + (1 - beta) KL(teacher || student); "
         "its two parts alone; jsd at .5; ce: cross entropy of the labels, without a teacher",
     )  # fmt: skip
-    _add(
+    flags.add(
         g, "--cakld_steps", type=int, default=10, metavar="N",
         help="beta is the teacher's mean confidence over so many batches (default 10)",
     )  # fmt: skip
-    _add(g, "--beta", type=float, metavar="B", help="beta by hand, 0 to 1")
-    _add(
+    flags.add(g, "--beta", type=float, metavar="B", help="beta by hand, 0 to 1")
+    flags.add(
         g, "--teacher_cache", metavar="FOLDER",
         help="the dense model's probabilities, from bitdistiller.cache_teacher; no teacher is "
         "loaded",
     )  # fmt: skip
-    _add_switch(
+    flags.add_switch(
         g, "--original_loss", False,
         "the original's: prompts count, sums over tokens, means over examples",
     )  # fmt: skip
@@ -135,56 +102,56 @@ def _add_objective(p) -> None:
 
 def _add_schedule(p) -> None:
     g = p.add_argument_group("how long and how fast")
-    _add(g, "--num_train_epochs", type=float, default=4.0, metavar="N", help="default 4")
-    _add(g, "--max_steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
-    _add(
+    flags.add(g, "--num_train_epochs", type=float, default=4.0, metavar="N", help="default 4")
+    flags.add(g, "--max_steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
+    flags.add(
         g, "--per_device_train_batch_size", "--batch_size", type=int, default=16, metavar="N",
         help="examples per forward and process (default 16)",
     )  # fmt: skip
-    _add(
+    flags.add(
         g, "--per_device_eval_batch_size", type=int, metavar="N",
         help="default: as for training",
     )  # fmt: skip
-    _add(
+    flags.add(
         g, "--gradient_accumulation_steps", type=int, default=1, metavar="N",
         help="forwards per optimizer step (default 1)",
     )  # fmt: skip
-    _add(g, "--learning_rate", type=float, default=8e-6, metavar="R", help="default 8e-6")
-    _add(
+    flags.add(g, "--learning_rate", type=float, default=8e-6, metavar="R", help="default 8e-6")
+    flags.add(
         g, "--lr_scheduler_type", default="constant", choices=["constant", "cosine"],
         help="default constant",
     )  # fmt: skip
-    _add(g, "--warmup_steps", type=int, default=0, metavar="N", help="default 0")
-    _add(g, "--weight_decay", type=float, default=0.0, metavar="W", help="default 0")
-    _add(g, "--max_grad_norm", type=float, default=1.0, metavar="C", help="default 1")
-    _add(
+    flags.add(g, "--warmup_steps", type=int, default=0, metavar="N", help="default 0")
+    flags.add(g, "--weight_decay", type=float, default=0.0, metavar="W", help="default 0")
+    flags.add(g, "--max_grad_norm", type=float, default=1.0, metavar="C", help="default 1")
+    flags.add(
         g, "--eval_steps", type=int, metavar="N",
         help="steps between looks; the best one's weights are the result (default: an epoch)",
     )  # fmt: skip
-    _add(
+    flags.add(
         g, "--save_steps", type=int, metavar="N",
         help="steps between saved states, which a killed run goes on from (default: at each look)",
     )  # fmt: skip
-    _add(
+    flags.add(
         g, "--ppl", metavar="TEXT",
         help="a look is the token perplexity of this text's test split (default: the held-out "
         "examples' loss)",
     )  # fmt: skip
-    _add(g, "--ppl_limit", type=int, metavar="N", help="its first N windows")
+    flags.add(g, "--ppl_limit", type=int, metavar="N", help="its first N windows")
 
 
 def _add_engine(p) -> None:
     g = p.add_argument_group("DeepSpeed (more processes: deepspeed or torchrun before the command)")
-    _add(
+    flags.add(
         g, "--zero", type=int, default=2, choices=range(4),
         help="what processes share: 1 optimizer states, 2 and gradients (default), 3 and weights",
     )  # fmt: skip
-    _add_switch(g, "--offload", False, "optimizer states in CPU memory; --zero 3: weights too")
-    _add_switch(g, "--gradient_checkpointing", False, "less memory, a third more time")
-    _add_switch(g, "--bf16", False, "--dtype bfloat16")
+    flags.add_switch(g, "--offload", False, "optimizer states in CPU memory; --zero 3: weights too")
+    flags.add_switch(g, "--gradient_checkpointing", False, "less memory, a third more time")
+    flags.add_switch(g, "--bf16", False, "--dtype bfloat16")
     # The deepspeed launcher hands this to every process, which has it from its environment too.
-    _add(g, "--local_rank", type=int, help=argparse.SUPPRESS)
-    _add(g, "--output_dir", dest="out", default=argparse.SUPPRESS, help="--out")
+    flags.add(g, "--local_rank", type=int, help=argparse.SUPPRESS)
+    flags.add(g, "--output_dir", dest="out", default=argparse.SUPPRESS, help="--out")
 
 
 def main(argv: list[str] | None = None) -> int:

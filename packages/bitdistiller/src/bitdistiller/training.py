@@ -144,6 +144,7 @@ def _check(args):
         args.dtype = "bfloat16"
     if not args.train_kd:
         args.kd_loss_type = "ce"
+    args.train_on_inputs |= args.original_loss
     if args.kd_loss_type == "ce" and args.teacher_cache:
         raise UserError("--kd_loss_type ce has no teacher; leave --teacher_cache out.")
     if args.beta is not None and not 0 <= args.beta <= 1:
