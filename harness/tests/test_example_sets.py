@@ -12,7 +12,7 @@ from harness.errors import UserError
 from harness.instruct import alpaca_prompt
 from transformers import AutoTokenizer
 
-from harness import distributed, example_sets
+from harness import distributed, example_sets, stdlib
 
 LIMITS = {"max_length": 24, "max_prompt_length": 12, "name": "set"}
 
@@ -136,6 +136,51 @@ def test_a_text_in_windows(tokenizer, tmp_path):
     assert set(found.firsts) == {1}
     with pytest.raises(UserError, match="less than one window of 9999"):
         example_sets.windows(tokenizer, str(tmp_path / "text.txt"), length=9999)
+
+
+def test_a_text_in_two_parts(tokenizer, tmp_path):
+    file = tmp_path / "text.txt"
+    draw = random.Random(0)
+    file.write_text("".join(draw.choices("abcdefgh", k=2400)))
+    whole, train, held = (
+        [tuple(row[0].tolist()) for row in (found[i] for i in range(len(found)))]
+        for found in (
+            example_sets.windows(tokenizer, str(file), length=16, part=part)
+            for part in (None, "train", "validation")
+        )
+    )
+    assert len(held) == len(whole) // 20 > 1 and sorted(train + held) == sorted(whole)
+    some = example_sets.windows(tokenizer, str(file), length=16, part="train", limit=9)
+    chosen = [train.index(tuple(some[i][0].tolist())) for i in range(9)]
+    assert chosen == sorted(chosen) and chosen[-1] > 20  # from all over it, in order
+
+
+def test_stdlib_is_held_out_by_its_calibration_split(tokenizer, monkeypatch):
+    monkeypatch.setattr(stdlib, "text", lambda split: f"{split} " * 300)
+    for part, split in (("train", "train"), ("validation", "calibration")):
+        found = example_sets.windows(tokenizer, "stdlib", length=16, part=part)
+        assert split in tokenizer.decode(found[0][0]) and len(found) > 50
+
+
+def test_texts_and_instructions_are_told_apart(tmp_path):
+    rows = {
+        "text": ['{"text": "a", "id": "b"}'], "plain": ['"a"', '"b"'],
+        "pairs": ['{"text": "a", "prompt": "p", "output": "r"}'], "lists": ['[["p", "r"]]'],
+        "neither": ['{"prompt": "p"}'],
+    }  # fmt: skip
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    texts = [name for name in rows if example_sets.is_text(str(tmp_path / f"{name}.jsonl"))]
+    assert texts == ["text", "plain"]
+    named = ("stdlib", "wikitext2", "alpaca", "stdlib-doc", "misspelt")
+    assert [example_sets.is_text(name) for name in named] == [True, True, False, False, False]
+
+
+def test_a_prompt_may_be_predicted_too(tokenizer):
+    found = example_sets.examples(tokenizer, [pair("range", "print")], whole=True, **LIMITS)
+    alone = example_sets.examples(tokenizer, [pair("range", "print")], **LIMITS)
+    assert found.firsts == [1] and alone.firsts == [len(tokenizer("range")["input_ids"])]
+    assert found.lengths == alone.lengths
 
 
 def test_every_epoch_shows_every_example_once_however_it_is_dealt(monkeypatch):

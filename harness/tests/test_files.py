@@ -97,6 +97,16 @@ def test_damaged_files_name_themselves(tmp_path, name, raw, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_rows_of_bitdistiller_are_instructions(tmp_path, name):
+    pairs = [["p é", "r"], ["q\n", ""]]
+    (tmp_path / name).write_text("\n".join(json.dumps([pair]) for pair in pairs) + "\n")
+    expected = [{"prompt": p, "response": r} for p, r in pairs]
+    assert files.rows(tmp_path / name) == expected
+    (tmp_path / name).write_text(json.dumps([pairs[0]]))
+    assert files.rows(tmp_path / name) == expected[:1]
+
+
 def test_folder_without_the_split_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"no .* file in this folder"):
         files.select(tmp_path, "test")
