@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import pytest
 import qat_place as qat
 import torch
@@ -234,5 +235,9 @@ def test_a_cache_of_all_tokens_is_the_teacher(place, tmp_path, monkeypatch):
     assert betas[0] == pytest.approx(betas[1], rel=1e-3)
     held_out = qat.run(place, tmp_path / "held", "--teacher_cache", tmp_path / "cache", steps=1)
     assert qat.looks(held_out)[0]["validation_loss"] > 1  # cross entropy
-    for more in (["--max_train_samples", 9], ["--train_on_inputs"]):
-        qat.run(place, tmp_path / "x", "--teacher_cache", tmp_path / "cache", *more, code=2)
+    families.save("llama", place / "another", tokenizer=True, num_hidden_layers=2, seed=1)
+    for more, model in (
+        (["--max_train_samples", 9], "model"), (["--train_on_inputs"], "model"), ([], "another"),
+    ):  # fmt: skip
+        words = ["--teacher_cache", tmp_path / "cache", *more]
+        qat.run(place, tmp_path / "x", *words, model=model, code=2)

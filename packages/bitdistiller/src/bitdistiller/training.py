@@ -34,6 +34,7 @@ FREE = (
 )  # fmt: skip
 
 
+@engine.memory_knobs()
 def train(args) -> dict | None:
     """Run the command ``bitdistiller.train`` with its parsed arguments, on every rank.
 
@@ -56,10 +57,7 @@ def train(args) -> dict | None:
     look_at = _look_at(args, tokenizer, config, longest)
     sets = [s for s in (examples, look_at) if isinstance(s, example_sets.Examples)]
     example_sets.check_tokens(sets, config)
-    known = config.get_text_config().vocab_size
-    stored = (
-        teacher_cache.Cache(args.teacher_cache, examples, known) if args.teacher_cache else None
-    )
+    stored = _cache(args, source, config, examples)
     training = _training(args, len(examples))
     dtype = engine.compute_dtype(args.dtype, source)
     if args.dry_run:
@@ -88,20 +86,8 @@ def train(args) -> dict | None:
         return [collate(micro) for micro in example_sets.deal(examples.lengths, step, training)]
 
     identity = _identity(args, source, training, dtype, examples, look_at, stored)
-    objective, beta = _objective(args, pupil, teacher, stored, batches)
-    held_collate = material.collate(look_at, tokenizer, args.original_loss)
-    held_objective = validation.label_loss if stored else objective
-    eval_batch = args.per_device_eval_batch_size or args.per_device_train_batch_size
-
-    def evaluate(running, step: int) -> dict:
-        if args.ppl:
-            value = validation.perplexity(running, look_at)
-            return {"value": value, "perplexity": value}
-        found = validation.held_out(
-            running, len(look_at), held_collate, held_objective, batch=eval_batch
-        )
-        named = {f"validation_{name}": value for name, value in found.items()}
-        return {"value": found["loss"], **named}
+    objective, beta = _objective(args, teacher, stored, batches)
+    evaluate = _evaluate(args, look_at, tokenizer, validation.label_loss if stored else objective)
 
     def finish(tensors):
         model = trainer.put_in(quantized("cpu"), tensors, checkpoint.parse_dtype(dtype))
@@ -178,6 +164,39 @@ def _look_at(args, tokenizer, config, longest: int):
     return data.evaluation(tokenizer, args.ppl, seqlen=window_length(config), limit=args.ppl_limit)
 
 
+def _evaluate(args, look_at, tokenizer, loss_of: Callable) -> Callable:
+    """(engine, step) -> the values of a look."""
+
+    def perplexity(running, step: int) -> dict:
+        value = validation.perplexity(running, look_at)
+        return {"value": value, "perplexity": value}
+
+    if args.ppl:
+        return perplexity
+    collate = material.collate(look_at, tokenizer, args.original_loss)
+    size = args.per_device_eval_batch_size or args.per_device_train_batch_size
+
+    def held_out(running, step: int) -> dict:
+        found = validation.held_out(running, len(look_at), collate, loss_of, batch=size)
+        named = {f"validation_{name}": value for name, value in found.items()}
+        return {"value": found["loss"], **named}
+
+    return held_out
+
+
+def _cache(args, source: Path, config, examples) -> teacher_cache.Cache | None:
+    if not args.teacher_cache:
+        return None
+    known = config.get_text_config().vocab_size
+    stored = teacher_cache.Cache(args.teacher_cache, examples, known)
+    if stored.identity["teacher_files"] != writer.model_files(source):
+        raise UserError(
+            f"{args.teacher_cache} holds the probabilities of another model than {args.model}; "
+            "make one of this model with python -m bitdistiller.cache_teacher."
+        )
+    return stored
+
+
 def _training(args, count: int) -> engine.Training:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     batch *= distributed.world_size()
@@ -195,7 +214,7 @@ def _training(args, count: int) -> engine.Training:
     return made
 
 
-def _objective(args, pupil, teacher, stored, batches) -> tuple[Callable, float | None]:
+def _objective(args, teacher, stored, batches) -> tuple[Callable, float | None]:
     """The loss, and beta where it has one."""
     if args.kd_loss_type == "ce":
         return validation.label_loss, None
@@ -232,9 +251,7 @@ def _identity(args, source: Path, training, dtype: str, examples, look_at, store
         identity["clip"] = _hash(path / clips.FILE if path.is_dir() else path)
     if args.start:
         folder = Path(args.start)
-        identity["start"] = writer.fingerprint(folder, None, {})["model"] | {
-            result.FILE: _hash(folder / result.FILE)
-        }
+        identity["start"] = writer.model_files(folder) | {result.FILE: _hash(folder / result.FILE)}
     if stored:
         identity["teacher_cache"] = stored.identity
     return identity
