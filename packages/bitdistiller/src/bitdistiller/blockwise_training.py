@@ -75,7 +75,7 @@ def train_blocks(
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
-    command: str = "bitdistiller.blockwise_training.train_blocks(...)",
+    command: str = "bitdistiller.train_blocks(...)",
 ) -> list[dict]:
     """Train every block of ``model`` and write the result folder ``out``: quantized values, dense,
     and grid.safetensors. Resumable block by block.
