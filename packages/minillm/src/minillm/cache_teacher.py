@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from harness import cli, engine
+from harness import cli
 from minillm import flags
 
 EXAMPLES = """\
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed
+    from harness import distributed, engine
     from minillm.caching import cache
 
     args.out = args.out or f"{Path(args.model).name}-cache"

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from harness import cli, engine
+from harness import cli
 from minillm import flags
 from minillm.generate import add_lengths, add_sampling
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from harness import distributed, report
+    from harness import distributed, engine, report
     from minillm.evaluating import evaluate
 
     with engine.group():

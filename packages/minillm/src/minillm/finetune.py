@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from harness import cli, engine
+from harness import cli
 from minillm import flags, presets
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed
+    from harness import distributed, engine
     from minillm.finetuning import finetune
 
     args.out = args.out or f"{Path(args.model).name}-{args.type}"

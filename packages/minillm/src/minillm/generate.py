@@ -4,7 +4,7 @@ the training prompts, for sequence-level distillation."""
 import argparse
 import sys
 
-from harness import cli, engine
+from harness import cli
 from minillm import flags
 
 EXAMPLES = """\
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed
+    from harness import distributed, engine
     from minillm.generating import generate
 
     args.out = args.out or f"{Path(args.model).name}-generated.jsonl"
