@@ -77,7 +77,7 @@ def model_card(base: str, step: dict, layout: str, sizes: dict[str, float], read
     if trained:
         used = used.replace(" windows of ", " examples of at most ", 1)
     # A conversion changes no weight, and the base may be anything.
-    compressed = step["method"] != "convert"
+    compressed = step["method"] not in ("convert", "export")
     done = f"compressed with {step['method']}" if compressed else f"stored as {layout}"
     if trained:
         done = f"tuned with {step['method']}"
