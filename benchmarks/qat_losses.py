@@ -70,9 +70,9 @@ def train(args, clip: Path, loss: str, seed: int, out: Path, width: list[str]) -
 
 def measure(args, folder: Path) -> dict[str, float]:
     file = args.out / "results" / f"{folder.name}.json"
-    if not file.exists():
-        run("-m", "harness", "eval", str(folder), "--ppl", args.text, "--divergence-from",
-            args.model, "--out", str(file))  # fmt: skip
+    # What was measured before is kept by the command itself.
+    run("-m", "harness", "eval", str(folder), "--ppl", args.text, "--divergence-from", args.model,
+        "--out", str(file))  # fmt: skip
     metrics = json.loads(file.read_text())["metrics"].values()
     found = {row["label"]: row["value"] for metric in metrics for row in metric["rows"]}
     return {
