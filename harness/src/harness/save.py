@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from harness import card, writer
 
@@ -71,6 +72,7 @@ def save_model(
     for name, text in texts.items():
         writer.write_text(staging / name, text)
     for name, (tensors, metadata) in (side or {}).items():
+        _write_index(staging)
         writer.save_tensors(staging / name, tensors, metadata)
     for folder in beside:
         if folder.is_dir():
@@ -78,3 +80,15 @@ def save_model(
     replaced = writer.put_in_place(staging, out, overwrite)
     shutil.rmtree(replaced, ignore_errors=True)
     return out
+
+
+def _write_index(folder: Path) -> None:
+    """Which file has which tensor, where transformers left that out for a single file: vLLM reads
+    every safetensors file of a folder without it."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return
+    with safe_open(single, framework="pt") as file:
+        names = dict.fromkeys(sorted(file.keys()), single.name)
+    total = {"total_size": writer.tensor_bytes(single)}
+    writer.write_text(index, json.dumps({"metadata": total, "weight_map": names}, indent=1))

@@ -1,4 +1,4 @@
-"""An exported 4-bit result runs on vLLM's integer kernels and says what its dense twin says.
+"""In vLLM, a result and its 4-bit export, on integer kernels there, say what transformers says.
 
 `nox -s vllm` has the environment.
 """
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-def test_exported_model_generates_what_its_dense_twin_does(tmp_path):
+def test_a_result_and_its_export_generate_what_the_dense_twin_does(tmp_path):
     source = checkpoint.resolve("tiny-llama")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     result = stored(student.build(model, Grid(4, 128)), source, tmp_path / "result")
@@ -29,11 +29,12 @@ def test_exported_model_generates_what_its_dense_twin_does(tmp_path):
     assert export.main([str(result), "--out", str(packed)]) == 0
     tokenizer = checkpoint.load_tokenizer("tiny-llama")
     prompts = [tokenizer(text)["input_ids"] for text in vllm_tokens.TEXTS]
-    tokens, log = vllm_tokens.ask([packed], prompts, tmp_path)
+    tokens, log = vllm_tokens.ask([result, packed], prompts, tmp_path)
     assert "Kernel for CompressedTensors" in log
 
     twin = checkpoint.load_model(result)
     expected = vllm_tokens.transformers_tokens(twin, prompts)
     eps, exact = torch.finfo(twin.dtype).eps, twin.float()
-    agreed = vllm_tokens.agreement(exact, eps, prompts, tokens[str(packed)], expected)
-    assert agreed > len(expected) * vllm_tokens.NEW / 2
+    for folder in (result, packed):
+        agreed = vllm_tokens.agreement(exact, eps, prompts, tokens[str(folder)], expected)
+        assert agreed > len(expected) * vllm_tokens.NEW / 2

@@ -1,6 +1,7 @@
 """The student: what it computes, what it trains, what it refuses, and the folder it becomes."""
 
 import copy
+import json
 
 import families
 import pytest
@@ -12,7 +13,7 @@ from harness.normal_float import NormalFloat
 from harness.stages import get_matrix, set_matrix
 from transformers import AutoModelForCausalLM
 
-from harness import normal_float, save, writer
+from harness import normal_float, save
 
 GRID = Grid(2, 16)
 IDS = families.windows(2, 12)
@@ -48,8 +49,11 @@ def stored(model, source, folder):
     """``model`` finished and written as a result folder."""
     plain, tensors, metadata = result.finish(model)
     step = {"method": "test", "base": "x", "command": "", "settings": {}, "calibration": None}
-    save.save_model(plain, source, folder, base="x", step=step)
-    writer.save_tensors(folder / result.FILE, tensors, metadata)
+    side = {result.FILE: (tensors, metadata)}
+    save.save_model(plain, source, folder, base="x", step=step, side=side)
+    # Without it vLLM would take every safetensors file of the folder for weights.
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
     return folder
 
 

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed, engine
+    from harness import distributed, engine, teacher_caching
     from minillm.caching import cache
 
     args.out = args.out or f"{Path(args.model).name}-cache"
@@ -63,11 +63,7 @@ def _run(args: argparse.Namespace) -> None:
         note = cache(args)
         lead = distributed.rank() == 0
     if lead and note:
-        print(
-            f"{note['labels']} labels of {note['examples']} examples, {note['bytes_per_label']} "
-            f"bytes each ({2 * note['vocabulary']} as float16 logits); beyond the top "
-            f"{note['top_k']}: {note['mean_tail']:.2%} of the probability"
-        )
+        print(teacher_caching.summary(note))
         print(f"written to {args.out}")
 
 

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed, engine
+    from harness import distributed, engine, meter
     from minillm.finetuning import finetune
 
     args.out = args.out or f"{Path(args.model).name}-{args.type}"
@@ -92,23 +92,8 @@ def _run(args: argparse.Namespace) -> None:
         result = finetune(args)
         lead = distributed.rank() == 0
     if lead and result:
-        _print_table(result)
+        print(meter.table(result))
         print(f"written to {args.out}")
-
-
-def _print_table(result: dict) -> None:
-    """The validation values of every look; the one that is written is marked."""
-    rows = result["rows"]
-    names = [name for name in rows[-1] if name not in ("step", "tokens")]
-    print(f"| step | {' | '.join(name.replace('_', ' ') for name in names)} |")
-    print(f"| ---: |{' ---: |' * len(names)}")
-    for row in rows:
-        mark = " *" if row["step"] == result["best_step"] else ""
-        values = (f"{row[name]:.4f}" if name in row else "" for name in names)
-        print(f"| {row['step']}{mark} | {' | '.join(values)} |")
-    print(
-        f"* written; {result['steps']} steps, {result['tokens']} tokens, {result['seconds']:.0f} s"
-    )
 
 
 if __name__ == "__main__":
