@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("packages/*/README.md")]
 # What stands in for the hub where there is none.
 HUB = {"facebook/opt-125m": "tiny-llama-student", '"c4"': '"stdlib", nsamples=8'}
-EMBEDDED = ("tiny-llama", "tiny-w4", "tiny-50", "tiny-half")
+EMBEDDED = ("tiny-llama", "tiny-w4", "tiny-50", "tiny-half", "tiny-trained", "tiny-w2")
 
 
 def blocks(page: Path, language: str) -> list[str]:
