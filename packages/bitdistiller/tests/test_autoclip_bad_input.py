@@ -51,7 +51,7 @@ WORDS = {
     "too few bits": (["model", "text.txt", "--w_bit", "1"], "bits is 1; expected one of 2, 3"),
     "nf3 in two bits": (
         ["model", "text.txt", "--quant_type", "nf3", "--w_bit", "2"],
-        "w_bit is 2, nf3 has 3 bits; leave it out or give 3",
+        "2 bits: nf3 has 3; leave the bits out, or give 3",
     ),
     "nf4 in three bits": (["model", "text.txt", "--quant_type", "nf4", "--w_bit", "3"], "give 4"),
     "levels packed": (

@@ -36,7 +36,7 @@ def refused(capsys, *words):
         (["--bits", "9"], "bits is 9; expected one of 2"),
         (["--bits", "1"], "bits is 1; expected one of 2"),
         (["--q_group_size", "24"], "group size 24 does not divide"),
-        (["--quant_type", "nf3", "--bits", "2"], "nf3 has 3 bits"),
+        (["--quant_type", "nf3", "--bits", "2"], "nf3 has 3;"),
         (["--quant_type", "int2-asym", "--bits", "3"], "int2-asym has 2"),
         (["--quant_type", "nf4", "--learn", "scales"], "no scales to learn"),
         (["--dtype", "float16"], "float16 trains on GPUs only"),

@@ -1,4 +1,4 @@
-"""The student on DeepSpeed: every ZeRO stage trains it alike, and what is finished is what ran."""
+"""The student on DeepSpeed: whole or in parts, it trains alike, and what is finished is what ran."""
 
 import importlib.util
 import json
@@ -36,7 +36,6 @@ def test_bfloat16_at_stage_1(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("learn", ["weights", "scales", "all"])
-def test_every_stage_trains_alike(learn, folder):
+def test_weights_in_parts_train_alike(learn, folder):
     expected = train(folder, 0, learn)
-    assert train(folder, 1, learn) == pytest.approx(expected, rel=1e-5)
     assert train(folder, 3, learn, launcher=runs.TWO_RANKS) == pytest.approx(expected, rel=1e-5)
