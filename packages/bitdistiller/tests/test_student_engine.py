@@ -1,4 +1,4 @@
-"""The student on DeepSpeed: whole or in parts, it trains alike, and what is finished is what ran."""
+"""The student on DeepSpeed: whole or in parts it trains alike, and what is finished is what ran."""
 
 import importlib.util
 import json

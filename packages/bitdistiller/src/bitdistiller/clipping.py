@@ -122,9 +122,7 @@ def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | Nor
     if own is None:
         return Grid(2 if w_bit is None else w_bit, group_size)
     if w_bit not in (None, own):
-        raise UserError(
-            f"{w_bit} bits: {quant_type} has {own}; leave the bits out, or give {own}."
-        )
+        raise UserError(f"{w_bit} bits: {quant_type} has {own}; leave the bits out, or give {own}.")
     return NormalFloat(own, group_size)
 
 
