@@ -104,7 +104,7 @@ def test_bitdistiller(tmp_path, run_recipe):
         "OUT": str(tmp_path), "COUNTS": "24,24", "EVAL_FLAGS": "--limit 8",
         "GENERATE_FLAGS": "--max_new_tokens 48 --batch_size 24",
         "TRAIN_FLAGS": "--learning_rate 1e-3 --model_max_length 64 --max_steps 12 --eval_steps 6 "
-        "--per_device_train_batch_size 8 --ppl stdlib --ppl_limit 4",
+        "--per_device_train_batch_size 8 --train_on_inputs",
         "CLIP_FLAGS": "--n_samples 8 --seqlen 64", "GPTQ_FLAGS": "--nsamples 8",
     }  # fmt: skip
     run_recipe("bitdistiller.sh", "tiny-llama-student", **settings)

@@ -134,8 +134,8 @@ def _add_schedule(p) -> None:
     )  # fmt: skip
     flags.add(
         g, "--ppl", metavar="TEXT",
-        help="a look is the token perplexity of this text's test split (default: the held-out "
-        "examples' loss)",
+        help="a look is the token perplexity of this text's test split, which then chooses: report "
+        "another's (default: the held-out examples' loss)",
     )  # fmt: skip
     flags.add(g, "--ppl_limit", type=int, metavar="N", help="its first N windows")
 
