@@ -35,6 +35,7 @@ FREE = (
 
 
 @engine.memory_knobs()
+@engine.memory_knobs()
 def train(args) -> dict | None:
     """Run the command ``bitdistiller.train`` with its parsed arguments, on every rank.
 
