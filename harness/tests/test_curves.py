@@ -45,6 +45,7 @@ RECOVER = ("recover", {"epochs": 1})
          "sparsegpt + sparsegpt", 0.6),
         ([unstructured("wanda", 0.5), ("gptq", {"wbits": 4})], None, "wanda + gptq", 0.5),
         ([("gptq", {"wbits": 4})], None, "gptq", None),
+        ([("bitdistiller", {"bits": 2}), ("export", {})], None, "bitdistiller", None),
         ([("old", None)], None, "old", None),
     ],
 )  # fmt: skip

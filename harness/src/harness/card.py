@@ -10,6 +10,8 @@ import yaml
 from harness import __version__
 from harness.sizes import KEY as SIZES_KEY
 
+# Steps that change how a model is stored, and nothing of the model.
+REPACKED = ("convert", "export")
 CONV1D = ("gpt2", "openai-gpt")
 # Families whose weight initialisation in transformers reaches for dense weights, and fails.
 NEVER_PACKED = ("falcon", "gpt_bigcode")
@@ -77,7 +79,7 @@ def model_card(base: str, step: dict, layout: str, sizes: dict[str, float], read
     if trained:
         used = used.replace(" windows of ", " examples of at most ", 1)
     # A conversion changes no weight, and the base may be anything.
-    compressed = step["method"] not in ("convert", "export")
+    compressed = step["method"] not in REPACKED
     done = f"compressed with {step['method']}" if compressed else f"stored as {layout}"
     if trained:
         done = f"tuned with {step['method']}"

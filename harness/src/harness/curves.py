@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.card import REPACKED
 from harness.errors import UserError
 from harness.plot import COLOURS, annotate, logarithmic
 from harness.report import rows_of, write_atomically
@@ -17,8 +18,8 @@ Series = dict[str, list]
 
 
 def steps_of(results: dict) -> list[dict]:
-    """The recipe's steps that changed the model (a conversion changes the file only)."""
-    return [step for step in results["recipe"] if step.get("method") != "convert"]
+    """The recipe's steps that changed the model (others change its files only)."""
+    return [step for step in results["recipe"] if step.get("method") not in REPACKED]
 
 
 def series(results: dict) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.card import REPACKED
 from harness.errors import UserError
 from harness.report import rows_of, write_atomically
 
@@ -54,7 +55,7 @@ def method(results: dict) -> str:
     """What the points are coloured by: the last step of the recipe that changed a weight, or
     "dense"."""
     methods = [str(step.get("method", "other")) for step in results["recipe"]]
-    return next((name for name in reversed(methods) if name != "convert"), "dense")
+    return next((name for name in reversed(methods) if name not in REPACKED), "dense")
 
 
 def plot(all_results: Sequence[dict], path: Path) -> None:
