@@ -15,10 +15,11 @@ group=${GROUP:-128}
 kind=${QUANT_TYPE:-int}                 # int, or nf3 / nf4 (dense files only)
 out=${OUT:-out/bitdistiller/$(basename "$model")-w$bits-g$group}
 if [ "${model#tiny-llama}" != "$model" ]; then
-    here=(stdlib stdlib,stdlib-doc "600,400" transformers "--max_new_tokens 128 --batch_size 32"
+    here=(stdlib stdlib,stdlib-doc "1500,300" transformers
+        "--max_new_tokens 128 --batch_size 32 --temperature 1"
         "--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 20 --model_max_length 256
-         --per_device_train_batch_size 8 --max_steps 500 --eval_steps 125
-         --max_eval_samples 64 --train_on_inputs"
+         --per_device_train_batch_size 8 --max_steps 1000 --eval_steps 200
+         --max_eval_samples 64 --train_on_inputs --learn all"
         stdlib "--choice stdlib-quiz" "--limit 300" "--n_samples 64 --seqlen 512")
 else
     here=(pileval wikitext2,alpaca "3000,5000" vllm "" "--num_train_epochs ${EPOCHS:-4}
