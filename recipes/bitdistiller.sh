@@ -2,7 +2,7 @@
 # BitDistiller from end to end: clip, let the dense model write its own training data, train at 2
 # bits against it, pack; then perplexity, MMLU (or the embedded quiz) and tokens/s of the dense
 # model, round-to-nearest, clipped round-to-nearest, GPTQ and BitDistiller in one table.
-#   bash recipes/bitdistiller.sh                    the embedded tiny-llama, offline: 25 minutes
+#   bash recipes/bitdistiller.sh                    the embedded tiny-llama, offline: 15 minutes
 #   bash recipes/bitdistiller.sh MODEL              a hub id or a folder: the paper's data and settings
 # What is there already is kept, and what was stopped goes on. Other widths, another domain:
 #   BITS=3 QUANT_TYPE=nf3 bash recipes/bitdistiller.sh MODEL
