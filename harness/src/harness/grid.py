@@ -36,11 +36,7 @@ class Grid:
     def __post_init__(self):
         if self.bits not in BITS:
             raise UserError(f"bits is {self.bits}; expected one of 2, 3, 4, 5, 6, 7 or 8.")
-        if self.group_size == 0 or self.group_size < -1:
-            raise UserError(
-                f"group size is {self.group_size}; expected -1 (one group per row) or a positive "
-                "number of columns."
-            )
+        check_size(self.group_size)
 
     def columns_per_group(self, columns: int) -> int:
         return columns if self.group_size == -1 else self.group_size
@@ -187,6 +183,15 @@ def snap(
     torch.maximum(steps, first, out=steps)
     torch.minimum(steps, last, out=steps)
     return steps.mul_(scale)
+
+
+def check_size(group_size: int) -> None:
+    """Raise :class:`UserError` for what is no group size at all."""
+    if group_size == 0 or group_size < -1:
+        raise UserError(
+            f"group size is {group_size}; expected -1 (one group per row) or a positive number of "
+            "columns."
+        )
 
 
 def check_group_size(columns: dict[str, int], grid: Grid) -> None:

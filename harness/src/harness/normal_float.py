@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from harness.errors import UserError
+from harness.grid import check_size
 
 LEVELS = {
     3: (
@@ -40,11 +41,7 @@ class NormalFloat:
     def __post_init__(self):
         if self.bits not in LEVELS:
             raise UserError(f"bits is {self.bits}; NormalFloat has levels for 3 and 4.")
-        if self.group_size == 0 or self.group_size < -1:
-            raise UserError(
-                f"group size is {self.group_size}; expected -1 (one group per row) or a positive "
-                "number of columns."
-            )
+        check_size(self.group_size)
 
     def columns_per_group(self, columns: int) -> int:
         return columns if self.group_size == -1 else self.group_size
