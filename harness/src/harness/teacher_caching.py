@@ -68,7 +68,7 @@ def cache(
     if dry_run:
         print(f"{len(edges) - 1} shards -> {out}")
         return None
-    files = writer.fingerprint(source, None, {})["model"]
+    files = writer.model_files(source)
     note = {
         "teacher": teacher, "teacher_files": files, "command": card.command_line(),
         "data": data, "top_k": top_k, "vocabulary": vocabulary, "labels": labels,

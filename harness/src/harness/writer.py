@@ -59,6 +59,12 @@ def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def file_hash(path: Path) -> str:
+    """Of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def _sample_hash(path: Path, part: int = 2**20) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -10,7 +10,6 @@ One block, its optimizer's state and the two streams, N x T x D numbers each, ar
 is drawn at random: windows come in their order, as in the original.
 """
 
-import hashlib
 import math
 import os
 import sys
@@ -138,9 +137,7 @@ def train_blocks(
 
 def _mark(clip: str | Path) -> str:
     """The clip file as the user named it, and a hash, so that a resumed run has the same one."""
-    path = Path(clip) / clips.FILE if Path(clip).is_dir() else Path(clip)
-    with path.open("rb") as file:
-        return f"{clip} ({hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
+    return f"{clip} ({writer.file_hash(clips.locate(clip))})"
 
 
 class BlockTraining:
@@ -187,8 +184,7 @@ class BlockTraining:
         for name, module in placed.items():
             plain, quantized = module.unwrap()
             side |= result.grid_tensors(name, quantized)
-            parent, _, leaf = name.rpartition(".")
-            setattr(decoder.model.get_submodule(parent), leaf, plain)
+            decoder.model.set_submodule(name, plain)
             rows.append(
                 {
                     "block": index, "name": name, "weights": plain.weight.numel(),

@@ -23,13 +23,20 @@ FLAGS = {"quant_type": "--quant_type", "bits": "--w_bit", "group_size": "--q_gro
 
 def note(model_folder: Path, grid: Grid | NormalFloat) -> dict[str, str]:
     """The file's metadata."""
-    values = _kind(grid) | {"model": writer.model_files(model_folder)}
+    values = kind(grid) | {"model": writer.model_files(model_folder)}
     return {NOTE: json.dumps(values, sort_keys=True)}
 
 
-def _kind(grid: Grid | NormalFloat) -> dict:
-    kind = "int" if isinstance(grid, Grid) else f"nf{grid.bits}"
-    return {"quant_type": kind, "bits": grid.bits, "group_size": grid.group_size}
+def kind(grid: Grid | NormalFloat) -> dict:
+    """What a file says of its grid."""
+    name = "int" if isinstance(grid, Grid) else f"nf{grid.bits}"
+    return {"quant_type": name, "bits": grid.bits, "group_size": grid.group_size}
+
+
+def locate(path: str | Path) -> Path:
+    """The file itself, from it or the folder that it is in."""
+    path = Path(path)
+    return path / FILE if path.is_dir() else path
 
 
 def read(
@@ -41,8 +48,7 @@ def read(
         UserError: there is none, it cannot be read, or it was made for another model, bits, group
             size or type.
     """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
+    path = locate(path)
     if not path.is_file():
         raise UserError(f"{path} not found; make it with python -m bitdistiller.autoclip.")
     try:
@@ -62,7 +68,7 @@ def read(
             f"{path} holds no clipping ranges; expected the clip.safetensors of python -m "
             "bitdistiller.autoclip."
         ) from error
-    for key, wanted in _kind(grid).items():
+    for key, wanted in kind(grid).items():
         if values.get(key) != wanted:
             raise UserError(
                 f"{path} was searched for {key} {values.get(key)}, asked for is {wanted}; run "

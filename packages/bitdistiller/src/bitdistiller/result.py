@@ -16,11 +16,12 @@ from harness.stages import get_matrix
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from bitdistiller import clips
 from bitdistiller.quantizer import FakeQuantLinear
 from harness import checkpoint
 
 FILE = "grid.safetensors"
-NOTE = "bitdistiller"
+NOTE = clips.NOTE
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,8 +42,7 @@ def finish(model: nn.Module) -> tuple[nn.Module, Tensors, dict[str, str]]:
         plain, quantized = module.unwrap()
         if isinstance(quantized, QuantizedWeight):
             tensors |= grid_tensors(name, quantized)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain)
+        model.set_submodule(name, plain)
     return model, tensors, {NOTE: note(grid)}
 
 
@@ -53,9 +53,7 @@ def grid_tensors(name: str, quantized: QuantizedWeight) -> Tensors:
 
 def note(grid) -> str:
     """The metadata entry."""
-    kind = "int" if isinstance(grid, Grid) else f"nf{grid.bits}"
-    values = {"bits": grid.bits, "group_size": grid.group_size, "quant_type": kind}
-    return json.dumps(values)
+    return json.dumps(clips.kind(grid), sort_keys=True)
 
 
 class Grids:

@@ -86,8 +86,7 @@ def put_in(
             module, grid, transposed=isinstance(module, Conv1D), learn=learn,
             start=(begun or {}).get(name),
         )  # fmt: skip
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, placed[name])
+        model.set_submodule(name, placed[name])
     return placed
 
 

@@ -248,16 +248,11 @@ def _identity(args, source: Path, training, dtype: str, examples, look_at, store
     looked = hashlib.sha256(look_at.numpy()).hexdigest()[:16] if args.ppl else look_at.key
     identity["data"] = {"training": examples.key, "looked at": looked}
     if args.clip:
-        path = Path(args.clip)
-        identity["clip"] = _hash(path / clips.FILE if path.is_dir() else path)
+        identity["clip"] = writer.file_hash(clips.locate(args.clip))
     if args.start:
         folder = Path(args.start)
-        identity["start"] = writer.model_files(folder) | {result.FILE: _hash(folder / result.FILE)}
+        grids = {result.FILE: writer.file_hash(folder / result.FILE)}
+        identity["start"] = writer.model_files(folder) | grids
     if stored:
         identity["teacher_cache"] = stored.identity
     return identity
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -91,7 +91,7 @@ def train(args) -> dict | None:
         args.chunk_size, args.eval_batch_size or args.chunk_size, args.select,
     )  # fmt: skip
     identity = writer.fingerprint(source, None, settings)
-    identity["teacher"] = writer.fingerprint(folders[1], None, {})["model"]
+    identity["teacher"] = writer.model_files(folders[1])
     identity["data"] = {"training": examples.key, "validation": dev.key}
     identity["data"] |= {"text": text.key} if text else {}
     step_entry = {

@@ -237,7 +237,7 @@ def _identity(args, source: Path, training, dtype: str, train, dev) -> dict:
     identity["data"] = {"training": train.key, "validation": dev.key}
     if args.teacher:
         folder = checkpoint.resolve(args.teacher)
-        identity["teacher"] = writer.fingerprint(folder, None, {})["model"]
+        identity["teacher"] = writer.model_files(folder)
     return identity
 
 

@@ -141,7 +141,7 @@ def recover(
         return None
     identity = writer.fingerprint(folder, _all_ids(data + held), {"method": "recover", **settings})
     if teacher_folder:
-        identity["teacher"] = writer.fingerprint(teacher_folder, None, {})["model"]
+        identity["teacher"] = writer.model_files(teacher_folder)
     student = checkpoint.load_model(folder, device=device, dtype=name)
     masks = _zeros(student, model, tune, densify)
     if tune == "full":
