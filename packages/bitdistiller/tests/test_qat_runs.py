@@ -10,7 +10,7 @@ import qat_place as qat
 import runs
 import torch
 
-DRIVER = str(Path(__file__).with_name("qat_driver.py"))
+KILLER = str(Path(runs.__file__).with_name("step_killer.py"))
 MODULE = ["-m", "bitdistiller.train"]
 
 
@@ -42,7 +42,7 @@ def straight(place, tmp_path_factory):
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bytes(place, straight, tmp_path):
     words, expected = straight
-    launch(place, tmp_path, *words, launcher=[DRIVER, 8], code=-signal.SIGKILL)
+    launch(place, tmp_path, *words, launcher=[KILLER, MODULE[1], 8], code=-signal.SIGKILL)
     assert "resuming: 6 steps are done" in launch(place, tmp_path, *words)
     # TensorBoard's events have the time.
     found, wanted = (

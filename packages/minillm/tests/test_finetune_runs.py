@@ -12,12 +12,12 @@ from pathlib import Path
 
 import families
 import pytest
+import runs
 import torch
 from transformers import AutoModelForCausalLM
 
-TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 MODULE = ["-m", "minillm.finetune"]
-DRIVER = str(Path(__file__).with_name("finetune_driver.py"))
+KILLER = str(Path(runs.__file__).with_name("step_killer.py"))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_killed_run_ends_in_the_same_bytes(place, tmp_path, words):
     words = ["--batch-size", "8", "--gradient-accumulation-steps", "2", *words]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     launch(place, straight, *words)
-    launch(place, killed, *words, launcher=[DRIVER, "8"], code=-signal.SIGKILL)
+    launch(place, killed, *words, launcher=[KILLER, MODULE[1], "8"], code=-signal.SIGKILL)
     errors = launch(place, killed, *words)
     assert "resuming: 6 steps are done" in errors
     assert looks(killed) == looks(straight)
@@ -97,7 +97,7 @@ def test_ranks_that_share_states_or_weights_train_as_one(place, tmp_path):
         shared = ["--gradient-accumulation-steps", 2, "--zero", zero]
         # Ranks write responses of different lengths; at ZeRO 3 they share weights all the while.
         shared += ["--eval-gen", "--select", "loss"]
-        launch(place, out, *words, *shared, launcher=[*TWO_RANKS, *MODULE])
+        launch(place, out, *words, *shared, launcher=[*runs.TWO_RANKS, *MODULE])
         for row, other in zip(expected, looks(out), strict=True):
             assert 0 <= other.pop("rouge_l") <= 100
             assert other == pytest.approx(row, abs=1e-3)

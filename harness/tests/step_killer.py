@@ -1,16 +1,15 @@
-"""``qat_driver.py STEP WORDS ...``: `python -m bitdistiller.train WORDS ...` that kills itself with
-signal 9 as step STEP begins."""
+"""``step_killer.py MODULE STEP WORDS ...``: `python -m MODULE WORDS ...`, a command that trains,
+killed by its own signal 9 as step STEP begins."""
 
+import importlib
 import os
 import signal
 import sys
 
-from bitdistiller import train
-
 from harness import engine
 
 
-def main(step, *words):
+def main(module, step, *words):
     real = engine.train_step
 
     def until(running, training, now, *rest):
@@ -19,7 +18,7 @@ def main(step, *words):
         return real(running, training, now, *rest)
 
     engine.train_step = until
-    return train.main(list(words))
+    return importlib.import_module(module).main(list(words))
 
 
 if __name__ == "__main__":
