@@ -1,4 +1,4 @@
-"""Examples: what is predicted, what is left out and said, and how batches are dealt."""
+"""Examples: what is predicted, what is left out and said."""
 
 import json
 import random
@@ -7,12 +7,11 @@ import datasets
 import families
 import pytest
 import torch
-from harness.engine import Training
 from harness.errors import UserError
 from harness.instruct import alpaca_prompt
 from transformers import AutoTokenizer
 
-from harness import distributed, example_sets, stdlib
+from harness import batching, example_sets, stdlib
 
 LIMITS = {"max_length": 24, "max_prompt_length": 12, "name": "set"}
 
@@ -37,22 +36,22 @@ def test_labels_are_the_response_and_the_end(tokenizer):
     # In the second pair a token would span the border ("return" is one).
     pairs = [pair("def add(left", ", right):\n    return left"), pair("    ret", "urn number")]
     found = example_sets.examples(tokenizer, pairs, **LIMITS)
-    batch = example_sets.collate([found[0], found[1]], pad=tokenizer.eos_token_id)
+    batch = batching.collate([found[0], found[1]], pad=tokenizer.eos_token_id)
     assert batch["input_ids"].dtype == torch.long and batch["read"] == sum(found.lengths)
     for row, (prompt, response) in enumerate((p["prompt"], p["response"]) for p in pairs):
         ids, labels = batch["input_ids"][row], batch["labels"][row]
         start = len(tokenizer(prompt)["input_ids"])
         assert ids[:start].tolist() == tokenizer(prompt)["input_ids"]
-        predicted = labels[labels != example_sets.IGNORED]
+        predicted = labels[labels != batching.IGNORED]
         assert tokenizer.decode(predicted[:-1]) == response
         assert predicted[-1] == tokenizer.eos_token_id
-        places = (labels != example_sets.IGNORED).nonzero()[:, 0]
+        places = (labels != batching.IGNORED).nonzero()[:, 0]
         assert places.tolist() == list(range(start - 1, start - 1 + len(predicted)))
         assert torch.equal(ids[places + 1], predicted)
         assert batch["attention_mask"][row].tolist() == [
             int(i < found.lengths[row]) for i in range(len(ids))
         ]
-    assert batch["tokens"] == int((batch["labels"] != example_sets.IGNORED).sum())
+    assert batch["tokens"] == int((batch["labels"] != batching.IGNORED).sum())
 
 
 def test_what_is_left_out_or_cut_is_counted(tokenizer, capsys):
@@ -181,26 +180,3 @@ def test_a_prompt_may_be_predicted_too(tokenizer):
     alone = example_sets.examples(tokenizer, [pair("range", "print")], **LIMITS)
     assert found.firsts == [1] and alone.firsts == [len(tokenizer("range")["input_ids"])]
     assert found.lengths == alone.lengths
-
-
-def test_every_epoch_shows_every_example_once_however_it_is_dealt(monkeypatch):
-    lengths = [random.Random(i).randrange(5, 50) for i in range(30)]
-
-    def dealt(ranks, accumulate, step):
-        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-        micro = []
-        for rank in range(ranks):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            mine = example_sets.deal(lengths, step, Training(1e-3, 9, 2, accumulate, seed=5))
-            assert len(mine) == accumulate
-            micro += mine
-        return micro
-
-    one = [dealt(1, 4, step) for step in range(15)]
-    flat = [i for step in one for micro in step for i in micro]
-    assert all(flat.count(i) == 4 for i in range(30))
-    assert sorted(one[0]) == sorted(dealt(2, 2, 0)) and one[0] != one[1]
-    # Like lengths together: no micro-batch has one that a later one is longer than.
-    assert [lengths[i] for micro in one[0] for i in micro] == sorted(
-        (lengths[i] for micro in one[0] for i in micro), reverse=True
-    )

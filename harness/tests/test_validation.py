@@ -6,7 +6,7 @@ import families
 import pytest
 import torch
 
-from harness import distributed, example_sets, perplexity, validation
+from harness import batching, distributed, perplexity, validation
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_held_out_means_are_shared(model, monkeypatch, ranks):
     rows = [(families.windows(1, n, seed=n)[0], first) for n, first in ((9, 4), (5, 1), (12, 9))]
 
     def collate(indices):
-        return example_sets.collate([rows[i] for i in indices], 0)
+        return batching.collate([rows[i] for i in indices], 0)
 
     def loss_of(running, batch):
         loss, _ = validation.label_loss(running, batch)

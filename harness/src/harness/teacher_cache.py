@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as again
 
 from harness import checkpoint
+from harness.batching import IGNORED
 from harness.divergence import CHUNK_ELEMENTS, LOG_ZERO, RowFunction
 from harness.errors import UserError
-from harness.example_sets import IGNORED, Examples
+from harness.example_sets import Examples
 from harness.validation import inputs_of
 
 NOTE = "cache.json"
@@ -118,7 +119,7 @@ class Cache:
         self._open = {}
 
     def rows(self, indices: list[int]) -> dict[str, Tensor]:
-        """What belongs in the micro-batch of these examples (`example_sets.collate`): "teacher_ids"
+        """What belongs in the micro-batch of these examples (`batching.collate`): "teacher_ids"
         int64, "teacher_log_probs" [R, K] and "teacher_log_tail" [R] float32, the labels of one
         example after those of another."""
         found = [self._example(index) for index in indices]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from harness import card, distributed, example_sets, teacher_cache, writer
+from harness import batching, card, distributed, example_sets, teacher_cache, writer
 from harness.errors import UserError
 from harness.progress import track
 from harness.validation import inputs_of
@@ -114,8 +114,8 @@ def probabilities(
     found = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        made = example_sets.collate([examples[i] for i in chosen], pad)
-        counted = made["labels"] != example_sets.IGNORED
+        made = batching.collate([examples[i] for i in chosen], pad)
+        counted = made["labels"] != batching.IGNORED
         logits = teacher(**inputs_of(made, teacher.device)).logits
         parts = teacher_cache.compress(logits[counted.to(logits.device)][:, :vocabulary], top_k)
         sizes = counted.sum(1).tolist()

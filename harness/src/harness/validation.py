@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from harness import distributed, engine, responses
 from harness import perplexity as ppl
+from harness.batching import IGNORED, collate
 from harness.divergence import CHUNK_ELEMENTS
-from harness.example_sets import IGNORED, Examples, collate
+from harness.example_sets import Examples
 from harness.rouge import rouge_l
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bitdistiller import objectives
 
-from harness import example_sets, teacher_cache
+from harness import batching, teacher_cache
 
 BETA = 0.3
 
@@ -41,7 +41,7 @@ def rows_of(lengths=((9, 4), (5, 1), (12, 9))):
 def with_cache(teacher, batch, top):
     """The batch with what a cache of ``top`` tokens holds of its labels."""
     logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    found = teacher_cache.compress(logits[batch["labels"] != example_sets.IGNORED], top)
+    found = teacher_cache.compress(logits[batch["labels"] != batching.IGNORED], top)
     kinds = {"ids": torch.long, "log_probs": torch.float32, "log_tail": torch.float32}
     return batch | {f"teacher_{key}": found[key].to(kind) for key, kind in kinds.items()}
 
@@ -50,7 +50,7 @@ def with_cache(teacher, batch, top):
 def test_losses_are_sums_over_the_responses(models, kind):
     teacher, student = models
     rows = rows_of()
-    batch = example_sets.collate(rows, 0)
+    batch = batching.collate(rows, 0)
     total = ce = 0
     doubles = [m.double() for m in (families.build("llama", num_hidden_layers=2), student)]
     for ids, first in rows:
@@ -93,10 +93,8 @@ def test_beta_counts_labels_only():
 
     teacher.device = torch.device("cpu")
     # A position's distribution is of the token after it: 5, 6 and 7 stand before labels.
-    first = example_sets.collate(
-        [(torch.tensor([1, 5, 6, 2]), 2), (torch.tensor([7, 3]), 1)], pad=9
-    )
-    second = example_sets.collate([(torch.tensor([4, 4, 8, 3]), 3)], pad=9)
+    first = batching.collate([(torch.tensor([1, 5, 6, 2]), 2), (torch.tensor([7, 3]), 1)], pad=9)
+    second = batching.collate([(torch.tensor([4, 4, 8, 3]), 3)], pad=9)
     assert first["tokens"] == 3 and second["tokens"] == 1
     found = objectives.confidence(teacher, [first, second], fused=False)
     assert found == pytest.approx((0.9 + 0.6 + 0.4 + 0.5) / 4)
@@ -110,7 +108,7 @@ def test_beta_of_a_model_and_of_its_cache(models):
         for ids, first in rows:
             highest += teacher(ids[None]).logits[0, first - 1 : -1].softmax(-1).amax(-1).tolist()
     expected = sum(highest) / len(highest)
-    batches = [example_sets.collate(part, 0) for part in (rows[:2], rows[2:])]
+    batches = [batching.collate(part, 0) for part in (rows[:2], rows[2:])]
     for fused in (True, False):
         assert objectives.confidence(teacher, batches, fused) == pytest.approx(expected, rel=1e-5)
     stored = [with_cache(teacher, batch, 3) for batch in batches]

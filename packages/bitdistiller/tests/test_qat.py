@@ -11,7 +11,7 @@ from bitdistiller import autoclip, cache_teacher, result, student
 from harness.grid import Grid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import checkpoint, data, engine, example_sets, perplexity, validation
+from harness import batching, checkpoint, data, engine, example_sets, perplexity, validation
 
 GRID = Grid(2, 16)
 
@@ -60,7 +60,7 @@ def plain_loop(place, beta, per_example):
     rows = list(examples(place, "train", per_example))
     some = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(some, lr=0.003, weight_decay=0)
-    order = example_sets.order(len(rows), 42, 0)
+    order = batching.order(len(rows), 42, 0)
     means = []
     for step in range(qat.STEPS):
         chosen = [rows[i] for i in order[8 * step : 8 * (step + 1)]]

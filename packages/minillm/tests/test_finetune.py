@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import example_sets, validation
+from harness import batching, example_sets, validation
 
 QUICK = ["--max-length", "32", "--max-prompt-length", "24", "--lr", "0.003", "--dev-num", "8"]
 QUICK += ["--weight-decay", "0.1"]
@@ -91,7 +91,7 @@ def plain_loop(place, family, teacher=None):
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.003)
-    order = example_sets.order(len(rows), 0, 0)
+    order = batching.order(len(rows), 0, 0)
     for step in range(STEPS):
         chosen = [rows[i] for i in order[8 * step : 8 * (step + 1)]]
         count = sum(ids.shape[1] - first for ids, first in chosen)
@@ -173,14 +173,14 @@ def test_packed_examples_are_read_as_if_alone(family):
         rows.append((ids, draw.randrange(1, length)))
     packs = packing.pack([len(ids) for ids, _ in rows], 20, seed=0)
     packed = packing.collate([[rows[i] for i in pack] for pack in packs], 0)
-    alone = example_sets.collate(rows, 0)
+    alone = batching.collate(rows, 0)
     assert packed["tokens"] == alone["tokens"] and packed["read"] == alone["read"] == 44
     assert packed["input_ids"].numel() < alone["input_ids"].numel()
     losses = []
     for batch in (packed, alone):
         logits = model(**validation.inputs_of(batch, "cpu")).logits
         every = F.cross_entropy(logits.mT, batch["labels"], reduction="none")
-        losses.append(sorted(every[batch["labels"] != example_sets.IGNORED].tolist()))
+        losses.append(sorted(every[batch["labels"] != batching.IGNORED].tolist()))
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 

@@ -7,7 +7,7 @@ from harness.errors import UserError
 from minillm import finetuning, losses, models
 from transformers import AutoTokenizer
 
-from harness import example_sets
+from harness import batching
 
 FAMILIES = ["llama", "gpt2"]
 
@@ -43,7 +43,7 @@ def test_padding_of_the_vocabulary_is_cut_exactly(place, capsys):
             state[name][len(tensor) :] = 50
     padded.load_state_dict(state)
     rows = [(ids.long(), 4) for ids in families.windows(3, 12)]
-    batch = example_sets.collate(rows, 0)
+    batch = batching.collate(rows, 0)
     found = []
     for teacher, columns in ((plain, None), (padded, 288)):
         for fused in (False, True):

@@ -10,7 +10,7 @@ from minillm import finetune, finetuning, losses, models
 from minillm.cache_teacher import main
 from safetensors.torch import load_file
 
-from harness import checkpoint, example_sets, hidden_loss, teacher_cache, teacher_caching
+from harness import batching, checkpoint, example_sets, hidden_loss, teacher_cache, teacher_caching
 
 TOP = 5
 
@@ -126,10 +126,10 @@ def test_kd_from_the_cache_is_kd_in_memory(place):
     cached = teacher_cache.Cache("cache", found, families.VOCAB)
     teacher, student = (checkpoint.load_model(name) for name in ("teacher", "student"))
     chosen = [7, 2, 11]
-    batch = example_sets.collate([found[i] for i in chosen], 0)
+    batch = batching.collate([found[i] for i in chosen], 0)
     batch |= cached.rows(chosen)
     _, parts = teacher_cache.distillation(kl_rows, 0.5, cached.vocabulary, student, batch)
-    mask = batch["labels"] != example_sets.IGNORED
+    mask = batch["labels"] != batching.IGNORED
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     labels = [batch["labels"].clamp_min(0)]
     with torch.no_grad():

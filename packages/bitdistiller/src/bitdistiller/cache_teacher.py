@@ -59,7 +59,7 @@ def cache(args) -> dict | None:
     """Run the command with its parsed arguments, on every rank; returns what
     `harness.teacher_caching.cache` does."""
     from bitdistiller import material
-    from harness import checkpoint, distributed, example_sets, teacher_caching
+    from harness import batching, checkpoint, distributed, example_sets, teacher_caching
 
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
@@ -74,7 +74,7 @@ def cache(args) -> dict | None:
         examples, out, teacher=args.model, source=source, data=args.data,
         settings={"dtype": args.dtype}, top_k=args.topk,
         vocabulary=config.get_text_config().vocab_size, batch=args.batch_size,
-        pad=example_sets.pad_id(tokenizer), resume=args.resume, dry_run=args.dry_run,
+        pad=batching.pad_id(tokenizer), resume=args.resume, dry_run=args.dry_run,
     )  # fmt: skip
 
 

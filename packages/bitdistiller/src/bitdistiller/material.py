@@ -6,7 +6,7 @@ from harness.errors import UserError
 from harness.example_sets import Examples
 from harness.perplexity import context_length
 
-from harness import example_sets
+from harness import batching, example_sets
 
 LONGEST = 1024
 
@@ -49,10 +49,10 @@ def collate(examples: Examples, tokenizer, per_example: bool, stored=None) -> Ca
     Args:
         per_example: the loss is divided by examples, as the original does, not by labels.
     """
-    pad = example_sets.pad_id(tokenizer)
+    pad = batching.pad_id(tokenizer)
 
     def batch(indices: list[int]) -> dict:
-        made = example_sets.collate([examples[i] for i in indices], pad)
+        made = batching.collate([examples[i] for i in indices], pad)
         if per_example:
             made["tokens"] = len(indices)
         return made | (stored.rows(indices) if stored else {})

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+from harness.batching import IGNORED
 from harness.divergence import (
     RowFunction,
     cakld_rows,
@@ -19,7 +20,6 @@ from harness.divergence import (
     reverse_kl_rows,
     sum_over_rows,
 )
-from harness.example_sets import IGNORED
 from harness.hidden_loss import cross_entropy_rows
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def confidence(teacher, batches: Iterable[dict], fused: bool = True) -> float:
 
     Args:
         teacher: a causal LM; None: the batches have the rows of a teacher's cache.
-        batches: as `harness.example_sets.collate` makes them; pads and prompts do not count.
+        batches: as `harness.batching.collate` makes them; pads and prompts do not count.
     """
     total, count = 0.0, 0
     for batch in batches:

@@ -11,6 +11,7 @@ from harness.perplexity import window_length
 
 from bitdistiller import clipping, clips, material, objectives, result, student
 from harness import (
+    batching,
     card,
     checkpoint,
     data,
@@ -84,7 +85,7 @@ def train(args) -> dict | None:
     collate = material.collate(examples, tokenizer, args.original_loss, stored)
 
     def batches(step: int) -> list[dict]:
-        return [collate(micro) for micro in example_sets.deal(examples.lengths, step, training)]
+        return [collate(micro) for micro in batching.deal(examples.lengths, step, training)]
 
     identity = _identity(args, source, training, dtype, examples, look_at, stored)
     objective, beta = _objective(args, teacher, stored, batches)
@@ -107,7 +108,7 @@ def train(args) -> dict | None:
     return trainer.train(
         pupil.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
         step_entry=step_entry, source=source, evaluate=evaluate,
-        eval_steps=args.eval_steps or max(1, len(examples) // example_sets.batch_size(training)),
+        eval_steps=args.eval_steps or max(1, len(examples) // batching.batch_size(training)),
         save_steps=args.save_steps, finish=finish, resume=args.resume, overwrite=args.overwrite,
     )  # fmt: skip
 
@@ -240,7 +241,7 @@ def _settings(args) -> dict:
 
 def _identity(args, source: Path, training, dtype: str, examples, look_at, stored) -> dict:
     settings = _settings(args) | {
-        "steps": training.steps, "batch": example_sets.batch_size(training), "dtype": dtype,
+        "steps": training.steps, "batch": batching.batch_size(training), "dtype": dtype,
     }  # fmt: skip
     for name in ("clip", "start", "teacher_cache"):
         settings.pop(name, None)

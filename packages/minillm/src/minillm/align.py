@@ -82,11 +82,11 @@ def batch(
     """A micro-batch of {"prompt", "response"} for both models, padded on the right.
 
     Returns:
-        `harness.example_sets.collate` of the student's side (labels: all of the response's tokens),
+        `harness.batching.collate` of the student's side (labels: all of the response's tokens),
         its places under "places", bool [B, S], and the teacher's "teacher_ids", "teacher_attention"
         and "teacher_places" [B, T].
     """
-    from harness.example_sets import collate
+    from harness.batching import collate
 
     made = []
     for pair in pairs:
@@ -116,7 +116,7 @@ def distillation(teacher, kd_ratio: float, running, some: dict):
 
     ULD's mean over the aligned places counts as one of every response token.
     """
-    from harness.example_sets import IGNORED
+    from harness.batching import IGNORED
 
     device = running.device
     with torch.no_grad():

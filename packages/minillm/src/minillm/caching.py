@@ -4,7 +4,7 @@ from pathlib import Path
 
 from harness.perplexity import context_length
 
-from harness import checkpoint, distributed, example_sets, teacher_caching
+from harness import batching, checkpoint, distributed, example_sets, teacher_caching
 from minillm import finetuning, flags, models
 
 
@@ -42,5 +42,5 @@ def cache(args) -> dict | None:
         load, examples, out, teacher=args.model, source=source, data=args.data,
         settings={"dtype": args.dtype, "teacher_peft_path": args.teacher_peft_path},
         top_k=args.topk, vocabulary=vocabulary, batch=args.batch_size,
-        pad=example_sets.pad_id(tokenizer), resume=args.resume, dry_run=args.dry_run,
+        pad=batching.pad_id(tokenizer), resume=args.resume, dry_run=args.dry_run,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from harness.footprint import stored_size
 from harness.perplexity import context_length
 
 from harness import (
+    batching,
     card,
     checkpoint,
     distributed,
@@ -86,7 +87,7 @@ def train(args) -> dict | None:
     student.config.use_cache = False
     without_dropout(student)
     run = OnPolicy(
-        student, teacher, columns, fused, tokenizer, example_sets.pad_id(tokenizer), examples, dev,
+        student, teacher, columns, fused, tokenizer, batching.pad_id(tokenizer), examples, dev,
         text, objective, plan, training, longest - longest_prompt, args.lm_coef, args.kd_ratio,
         args.chunk_size, args.eval_batch_size or args.chunk_size, args.select,
     )  # fmt: skip

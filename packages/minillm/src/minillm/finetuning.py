@@ -12,6 +12,7 @@ from harness.footprint import stored_size
 from harness.perplexity import context_length
 
 from harness import (
+    batching,
     card,
     checkpoint,
     distributed,
@@ -91,13 +92,13 @@ def finetune(args) -> dict | None:
             )
             return models.merged(plain, tensors, checkpoint.parse_dtype(dtype), **lora)
 
-    pad = example_sets.pad_id(tokenizer)
+    pad = batching.pad_id(tokenizer)
     sampling = responses.Sampling(longest - longest_prompt, temperature=float(not args.greedy))
     collate = _collate(args, train, rows, tokenizer, longest, stored)
     lengths = [sum(train.lengths[i] for i in row) for row in rows] if rows else train.lengths
 
     def batches(step: int) -> list[dict]:
-        return [collate(micro) for micro in example_sets.deal(lengths, step, training)]
+        return [collate(micro) for micro in batching.deal(lengths, step, training)]
 
     def evaluate(running, step: int) -> dict:
         size = args.eval_batch_size or args.batch_size
@@ -109,7 +110,7 @@ def finetune(args) -> dict | None:
             )
         return validation.select(args.select, found)
 
-    every = args.eval_interval or max(1, count // example_sets.batch_size(training))
+    every = args.eval_interval or max(1, count // batching.batch_size(training))
     step_entry = {
         "method": args.type, "base": args.model, "command": card.command_line(),
         "settings": _settings(args, training, dtype, longest, longest_prompt),
@@ -192,15 +193,15 @@ def _objective(args, student, device: str, columns: int | None, dtype: str, stor
 def _collate(args, train, rows, tokenizer, longest: int, stored) -> Callable[[list[int]], dict]:
     """Indices -> a micro-batch: of examples (with a cache's rows), of packed rows, or of texts for
     two tokenizers."""
-    pad = example_sets.pad_id(tokenizer)
+    pad = batching.pad_id(tokenizer)
     if rows:
         return lambda micro: packing.collate([[train[i] for i in rows[n]] for n in micro], pad)
     if not args.align:
         more = stored.rows if stored else lambda micro: {}
-        return lambda micro: example_sets.collate([train[i] for i in micro], pad) | more(micro)
+        return lambda micro: batching.collate([train[i] for i in micro], pad) | more(micro)
     texts = pairs(args, "train")
     other = checkpoint.load_tokenizer(args.teacher)
-    pads = (example_sets.pad_id(other), pad)
+    pads = (batching.pad_id(other), pad)
     return lambda micro: align.batch(
         [texts[train.sources[i]] for i in micro], other, tokenizer, longest, pads
     )
@@ -217,7 +218,7 @@ def distillation(teacher, rows, columns: int | None, fused: bool, running, batch
     inputs = validation.inputs_of(batch, running.device)
     labels = batch["labels"].to(running.device)
     total, ce, divergence = hidden_loss.over_models(
-        rows, teacher, running, inputs, labels != example_sets.IGNORED, [labels.clamp_min(0)],
+        rows, teacher, running, inputs, labels != batching.IGNORED, [labels.clamp_min(0)],
         columns, fused,
     )  # fmt: skip
     return total, {"ce": ce, "kd": divergence}

@@ -14,7 +14,7 @@ from harness.progress import track
 from harness.rouge import rouge_l
 from harness.validation import inputs_of
 
-from harness import distributed, engine, example_sets, hidden_loss, responses
+from harness import batching, distributed, engine, example_sets, hidden_loss, responses
 from minillm import losses, policy, rollouts, sampling
 
 EVALUATION_SEED = 20_230_614
@@ -63,10 +63,10 @@ class OnPolicy:
         if self.text is None:
             return made
         # Another order than that of the prompts.
-        dealt = example_sets.deal(self.text.lengths, step, replace(self.training, seed=seed + 2))
-        windows = example_sets.batch_size(self.training) * (self.text.lengths[0] - 1)
+        dealt = batching.deal(self.text.lengths, step, replace(self.training, seed=seed + 2))
+        windows = batching.batch_size(self.training) * (self.text.lengths[0] - 1)
         for batch, some in zip(made, dealt, strict=True):
-            text = example_sets.collate([self.text[i] for i in some], self.pad)
+            text = batching.collate([self.text[i] for i in some], self.pad)
             batch["read"] += text["read"]
             batch |= {"text_ids": text["input_ids"], "text_labels": text["labels"]}
             # The text's mean, in a sum that is to be divided by the tokens of the responses.
@@ -102,13 +102,13 @@ class OnPolicy:
             single_step=self.objective.single_step,
         )  # fmt: skip
         extras = [labels.clamp_min(0), *(batch[name].to(device) for name in names)]
-        mask = labels != example_sets.IGNORED
+        mask = labels != batching.IGNORED
         loss, sampled, reverse = self._sums(rows, running, inputs_of(batch, device), mask, extras)
         report = {"policy": sampled, "reverse_kl": reverse, "reward": batch["reward"].sum()}
         if "text_ids" in batch:
             labels = batch["text_labels"].to(device)
             rows = partial(losses.mix_rows, kd_ratio=self.kd_ratio)
-            mask, extras = labels != example_sets.IGNORED, [labels.clamp_min(0)]
+            mask, extras = labels != batching.IGNORED, [labels.clamp_min(0)]
             text = {"input_ids": batch["text_ids"].to(device)}
             text_loss = self._sums(rows, running, text, mask, extras)[0] * batch["text_share"]
             loss, report["text"] = loss + text_loss, text_loss
@@ -135,7 +135,7 @@ class OnPolicy:
             for part in track(parts, "responses") if distributed.rank() == 0 else parts:
                 rows = [self.held_out[i] for i in part]
                 batch, texts = self._respond(student, rows, draws[part])
-                mask = batch["labels"].to(running.device) != example_sets.IGNORED
+                mask = batch["labels"].to(running.device) != batching.IGNORED
                 inputs = inputs_of(batch, running.device)
                 total += self._sums(reverse_kl_rows, student, inputs, mask, []).item()
                 tokens += batch["tokens"]
@@ -147,7 +147,7 @@ class OnPolicy:
         return {"value": found["rouge_l" if self.select == "rouge" else "reverse_kl"], **found}
 
     def _respond(self, student, rows: list, draws) -> tuple[dict, list[str]]:
-        """A batch (`example_sets.collate`) of responses of the student alone, and their texts."""
+        """A batch (`batching.collate`) of responses of the student alone, and their texts."""
         prompts = [ids[:first] for ids, first in rows]
         ids, mask = responses.pad_left(prompts, self.pad)
         device = next(student.parameters()).device
@@ -158,7 +158,7 @@ class OnPolicy:
         pairs = zip(made.responses.cpu(), made.mask.cpu(), strict=True)
         answers = [tokens[inside] for tokens, inside in pairs]
         both = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
-        batch = example_sets.collate(
+        batch = batching.collate(
             [(ids, len(p)) for ids, p in zip(both, prompts, strict=True)], self.pad
         )
         return batch, self.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -14,7 +14,7 @@ import torch
 from harness.errors import UserError
 from torch import Tensor
 
-from harness import distributed, example_sets, responses
+from harness import batching, distributed, responses
 from minillm import policy, sampling
 
 
@@ -71,13 +71,13 @@ class Plan:
     def prompts(self, count: int, phase: int, seed: int) -> list[int]:
         """Which of ``count`` prompts a phase is about; epochs over them follow without a gap."""
         places = range(phase * self.rollouts, (phase + 1) * self.rollouts)
-        return [example_sets.order(count, seed, p // count)[p % count] for p in places]
+        return [batching.order(count, seed, p // count)[p % count] for p in places]
 
     def chosen(self, step: int, seed: int) -> list[int]:
         """The rollouts of one step, by their numbers in the phase."""
         phase, within = divmod(step, self.steps)
         epoch, place = divmod(within, self.rollouts // self.batch)
-        mixed = example_sets.order(self.rollouts, seed + 1, phase * self.epochs + epoch)
+        mixed = batching.order(self.rollouts, seed + 1, phase * self.epochs + epoch)
         return mixed[place * self.batch : (place + 1) * self.batch]
 
 
@@ -158,13 +158,13 @@ def micro_batches(phase: Phase, chosen: list[int], size: int, pad: int) -> list[
 
 
 def batch_of(phase: Phase, chosen: list[int], pad: int) -> dict:
-    """`example_sets.collate` of rollouts, and beside each label its old_logp, weight, reward and
+    """`batching.collate` of rollouts, and beside each label its old_logp, weight, reward and
     advantage, float32 [B, L]."""
     rows = []
     for i in chosen:
         response = phase.responses[i][phase.mask[i]]
         rows.append((torch.cat([phase.prompts[i], response]), len(phase.prompts[i])))
-    batch = example_sets.collate(rows, pad)
+    batch = batching.collate(rows, pad)
     for name in ("logp", "weight", "reward", "advantage"):
         laid = torch.zeros(batch["labels"].shape)
         for row, (i, (ids, first)) in enumerate(zip(chosen, rows, strict=True)):

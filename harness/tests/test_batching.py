@@ -1,0 +1,30 @@
+"""How examples are dealt to steps and ranks."""
+
+import random
+
+from harness.engine import Training
+
+from harness import batching, distributed
+
+
+def test_every_epoch_shows_every_example_once_however_it_is_dealt(monkeypatch):
+    lengths = [random.Random(i).randrange(5, 50) for i in range(30)]
+
+    def dealt(ranks, accumulate, step):
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        micro = []
+        for rank in range(ranks):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            mine = batching.deal(lengths, step, Training(1e-3, 9, 2, accumulate, seed=5))
+            assert len(mine) == accumulate
+            micro += mine
+        return micro
+
+    one = [dealt(1, 4, step) for step in range(15)]
+    flat = [i for step in one for micro in step for i in micro]
+    assert all(flat.count(i) == 4 for i in range(30))
+    assert sorted(one[0]) == sorted(dealt(2, 2, 0)) and one[0] != one[1]
+    # Like lengths together: no micro-batch has one that a later one is longer than.
+    assert [lengths[i] for micro in one[0] for i in micro] == sorted(
+        (lengths[i] for micro in one[0] for i in micro), reverse=True
+    )
