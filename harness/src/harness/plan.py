@@ -1,6 +1,7 @@
 """``--dry-run``: what a layer-wise pass would do, and about what it needs; nothing is written."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,20 +11,43 @@ from harness.sequential import Method
 from harness.sparsity import nominal_ratio
 from harness.stages import get_matrix, linears
 
+# (shapes [(out, in)] of a block's linears, tokens, bytes of the hidden states, bytes per number) ->
+# (multiply-adds in the model's dtype, in float32, bytes beside the block's weights).
+Cost = Callable[[list[tuple[int, int]], int, int, int], tuple[float, float, float]]
 
-def print_plan(decoder, method: Method, out: str | Path, tokens: int) -> None:
+
+def hessian_cost(shapes, tokens, hidden, item) -> tuple[float, float, float]:
+    """Of a pass that gathers second moments and solves with them, O x I x I a linear."""
+    forward = tokens * sum(o * i for o, i in shapes)
+    solver = sum(tokens * i * i / 2 + o * i * i for o, i in shapes)
+    widest = max(i for _, i in shapes)
+    return forward, solver, hidden + 16 * widest**2 + activation_bytes(shapes, tokens, item)
+
+
+def activation_bytes(shapes, tokens: int, item: int) -> int:
+    """Inputs and outputs of a block's linears."""
+    return tokens * sum(o + i for o, i in shapes) * item
+
+
+def print_plan(
+    decoder, method: Method, out: str | Path, tokens: int, cost: Cost = hessian_cost
+) -> None:
     """Print the plan of :func:`harness.sequential.compress` block by block.
 
-    Time is an estimate from counted multiply-adds and a product timed for a quarter of a second.
+    Time is what the multiply-adds alone take, at the speed of large products, each dtype's timed
+    for a quarter of a second: about right for large models, too little for tiny ones.
 
     Args:
         tokens: calibration tokens in all windows (0: no data is looked at).
+        cost: what the method needs for a block, where data is looked at.
 
     Raises:
         UserError: the output folder is in the way (checked without --overwrite).
     """
     writer.check_out(Path(out), overwrite=True)
-    speed = multiply_adds_per_second(decoder.device, decoder.dtype)
+    speed, exact = (
+        multiply_adds_per_second(decoder.device, dtype) for dtype in (decoder.dtype, torch.float32)
+    )
     packed = method.grid and method.layout not in formats.PRUNED_FORMATS
     bits = method.grid.bits if packed else None
     kept = 1 - (nominal_ratio(method.settings) or 0) + 1 / (8 * decoder.dtype.itemsize)
@@ -37,13 +61,11 @@ def print_plan(decoder, method: Method, out: str | Path, tokens: int) -> None:
         weights = sum(o * i for o, i in shapes)
         widest = max(i for _, i in shapes)
         hidden = tokens * decoder.config.hidden_size * item
-        statistics = 16 * widest**2 if tokens else 0
-        activations = tokens * sum(o + i for o, i in shapes) * item
-        memory = (weights * item + hidden + statistics + activations) / 1e9
+        work, exact_work, more = cost(shapes, tokens, hidden, item) if tokens else (0, 0, 0)
+        memory = (weights * item + more) / 1e9
         scales = weights / method.grid.columns_per_group(widest) * item if bits else 0
         disk = (weights * bits / 8 + scales if bits else weights * item * share) / 1e6
-        work = tokens * weights + sum(tokens * i * i / 2 + o * i * i for o, i in shapes)
-        seconds = work / speed if tokens else weights / 1e8
+        seconds = work / speed + exact_work / exact if tokens else weights / 1e8
         count = last - first + 1
         name = f"{first}" if count == 1 else f"{first}-{last}, each"
         print(

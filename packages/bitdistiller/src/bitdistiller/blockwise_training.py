@@ -23,7 +23,7 @@ from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.grid import Grid
 from harness.perplexity import window_length
-from harness.plan import print_plan
+from harness.plan import activation_bytes, print_plan
 from harness.progress import track
 from harness.stages import linears
 from torch import nn
@@ -33,6 +33,7 @@ from bitdistiller.quantizer import FakeQuantLinear
 from harness import checkpoint, data, memory, preflight, sequential, writer
 
 LOWEST_RATE = 1 / 20  # of the first one, at the end of the cosine
+STEP = 1.25  # time of a training step with fake quantization over that without, for --dry-run
 
 
 @dataclass
@@ -123,16 +124,26 @@ def train_blocks(
         checkpoint.load_tokenizer(folder), dataset, nsamples=nsamples + val_size, seqlen=seqlen,
         seed=seed,
     )  # fmt: skip
-    if dry_run:
-        print_plan(decoder, method, out, windows.numel())
-        return []
     plan = Plan(grid, ranges, epochs, batch_size, quant_lr, weight_lr, val_size)
+    if dry_run:
+        print_plan(decoder, method, out, windows.numel(), partial(_cost, plan, seqlen))
+        return []
     calibration = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
     return sequential.compress(
         decoder, method, out, base=model, windows=windows, calibration=calibration,
         command=command, overwrite=overwrite, resume=resume,
         block_pass=partial(BlockTraining, plan),
     )  # fmt: skip
+
+
+def _cost(plan: Plan, seqlen: int, shapes, tokens, hidden, item) -> tuple[float, float, float]:
+    """As `harness.plan.Cost`. A step is a forward and twice that backward; both streams go through
+    the block once, and the windows held out two times more."""
+    held_out = plan.held_out * seqlen
+    passes = 3 * STEP * plan.epochs * (tokens - held_out) + 2 * tokens + 2 * held_out
+    weights = sum(o * i for o, i in shapes)
+    batch = activation_bytes(shapes, plan.batch_size * seqlen, item)
+    return passes * weights, 0, 2 * hidden + 16 * weights + 2 * batch
 
 
 def _mark(clip: str | Path) -> str:

@@ -8,6 +8,7 @@ code: their errors meet in a product, and the output of the linear alone tells t
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from harness.normal_float import nearest as nearest_level
 from harness.perplexity import window_length
 
 from bitdistiller import clips
-from bitdistiller.clip_search import clamp, full_range, output_energy, search
+from bitdistiller.clip_search import clamp, full_range, output_energy, search, work
 from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
 
 UNCLIPPED = re.compile(r"\b[qk]_|query|key|qkv|c_attn")
@@ -98,7 +99,7 @@ def clip(
     if dry_run:
         from harness.plan import print_plan
 
-        print_plan(decoder, method, out, windows.numel())
+        print_plan(decoder, method, out, windows.numel(), partial(_cost, grid))
         return []
     calibration = {"dataset": dataset, "nsamples": n_samples, "seqlen": seqlen, "seed": seed}
     rows = sequential.compress(
@@ -108,6 +109,21 @@ def clip(
     if dump_clip:
         distributed.lead(lambda: _copy(Path(out) / clips.FILE, dump_clip))
     return rows
+
+
+def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float, float, float]:
+    """As `harness.plan.Cost`."""
+    from harness.plan import activation_bytes
+
+    width = [grid.columns_per_group(i) for _, i in shapes]
+    moments = [i * g for (_, i), g in zip(shapes, width, strict=True)]
+    forward = sum(tokens * o * i for o, i in shapes)
+    search = sum(work(o, i, grid) for o, i in shapes)
+    return (
+        forward,
+        tokens * sum(moments) / 2 + search,
+        hidden + 4 * max(moments) + activation_bytes(shapes, tokens, item),
+    )
 
 
 def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | NormalFloat:
