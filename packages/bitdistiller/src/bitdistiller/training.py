@@ -36,7 +36,6 @@ FREE = (
 
 
 @engine.memory_knobs()
-@engine.memory_knobs()
 def train(args) -> dict | None:
     """Run the command ``bitdistiller.train`` with its parsed arguments, on every rank.
 
