@@ -18,7 +18,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as again
 
@@ -31,6 +31,7 @@ from harness.validation import inputs_of
 
 NOTE = "cache.json"
 SHARD_BYTES = 2**25  # what is in memory before it is written, and what a kill may cost
+AGAIN = "the cache is damaged, make it again with cache_teacher --overwrite."
 KEYS = ("ids", "log_probs", "log_tail")
 
 
@@ -70,7 +71,11 @@ def cut(examples: Examples, width: int) -> list[int]:
 
 
 def compress(logits: Tensor, top_k: int) -> dict[str, Tensor]:
-    """What is stored of logits [R, V], of any float dtype, on the CPU."""
+    """What is stored of logits [R, V], of any float dtype, on the CPU.
+
+    Raises:
+        UserError: they are NaN or infinite.
+    """
     ids, tops, tails = [], [], []
     for part in logits.split(max(1, CHUNK_ELEMENTS // logits.shape[-1])):
         log_p = part.float().log_softmax(-1)
@@ -80,9 +85,13 @@ def compress(logits: Tensor, top_k: int) -> dict[str, Tensor]:
         tops.append(top.values.clamp_min(LOG_ZERO).half().cpu())
         tails.append(rest.clamp_min(LOG_ZERO).cpu())
     kind = torch.uint16 if logits.shape[-1] <= 2**16 else torch.int32
-    return dict(
-        zip(KEYS, (torch.cat(ids).to(kind), torch.cat(tops), torch.cat(tails)), strict=True)
-    )
+    kept = torch.cat(ids).to(kind), torch.cat(tops), torch.cat(tails)
+    if kept[1][:, 0].isnan().any():  # one such logit makes its row NaN
+        raise UserError(
+            f"the teacher gives NaN or infinite logits in {logits.dtype}; it is damaged, or try "
+            "--dtype bfloat16 or float32."
+        )
+    return dict(zip(KEYS, kept, strict=True))
 
 
 class Cache:
@@ -93,8 +102,8 @@ class Cache:
         identity: what a resumed training run must find again.
 
     Raises:
-        UserError: there is no cache, or it was made for other examples, or for more logits than
-            the student has.
+        UserError: there is no cache, it is damaged, or it was made for other examples, or for more
+            logits than the student has.
     """
 
     def __init__(self, folder: str | Path, examples: Examples, student_vocabulary: int):
@@ -102,6 +111,9 @@ class Cache:
         if not (self.folder / NOTE).is_file():
             raise UserError(f"{folder} holds no {NOTE}; make a cache with cache_teacher.")
         note = checkpoint.read_json(self.folder / NOTE)
+        lacking = {"content", "examples", "edges", "vocabulary", "teacher_files", "top_k"} - {*note}
+        if lacking:
+            raise UserError(f"{self.folder / NOTE} lacks {min(lacking)}; {AGAIN}")
         if note["content"] != content(examples):
             raise UserError(
                 f"{folder} was made for {note['examples']} other examples, and there are "
@@ -116,7 +128,21 @@ class Cache:
         self.identity = {key: note[key] for key in ("teacher_files", "top_k", "vocabulary")}
         self.starts = [0, *accumulate(counts(examples))]
         self.edges = note["edges"]
-        self._open = {}
+        self.shards = [self._shard(n, pair) for n, pair in enumerate(pairwise(self.edges))]
+
+    def _shard(self, number: int, edges: tuple[int, int]) -> list:
+        """The slices of a shard, none of it in memory."""
+        path = self.folder / shard_name(number)
+        first, last = (self.starts[edge] for edge in edges)
+        try:
+            file = safe_open(path, framework="pt")
+            found = [file.get_slice(key) for key in KEYS]
+        except (OSError, SafetensorError) as error:
+            why = checkpoint.one_line(error)
+            raise UserError(f"{path} cannot be read ({why}); {AGAIN}") from error
+        if any(part.get_shape()[0] != last - first for part in found):
+            raise UserError(f"{path} has not the {last - first} labels of its examples; {AGAIN}")
+        return found
 
     def rows(self, indices: list[int]) -> dict[str, Tensor]:
         """What belongs in the micro-batch of these examples (`batching.collate`): "teacher_ids"
@@ -131,12 +157,9 @@ class Cache:
 
     def _example(self, index: int) -> list[Tensor]:
         number = bisect_right(self.edges, index) - 1
-        if number not in self._open:
-            file = safe_open(self.folder / shard_name(number), framework="pt")
-            self._open[number] = [file.get_slice(key) for key in KEYS]
         before = self.starts[self.edges[number]]
         start, end = self.starts[index] - before, self.starts[index + 1] - before
-        return [part[start:end] for part in self._open[number]]
+        return [part[start:end] for part in self.shards[number]]
 
 
 def buckets(log_q: Tensor, ids: Tensor, tops: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:

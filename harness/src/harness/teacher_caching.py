@@ -58,7 +58,8 @@ def cache(
         What is in cache.json; None after a dry run.
 
     Raises:
-        UserError: top_k is out of range, another run has begun there, the disk is full.
+        UserError: top_k is out of range, another run has begun there, the disk is full, logits are
+            NaN or infinite.
     """
     if not 1 <= top_k <= vocabulary:
         raise UserError(f"--topk {top_k}: expected 1 to {vocabulary}, the vocabulary.")
@@ -86,12 +87,17 @@ def cache(
         distributed.say(f"resuming: {len(shards) - len(rest)} of {len(shards)} shards are there")
     mine = rest[distributed.rank() :: distributed.world_size()]
     distributed.sum_number(0.0)  # every rank has looked, before one writes
-    if mine:
-        model = load()
+    try:
+        model = load() if mine else None
         for number, chosen in track(mine, "shards") if distributed.rank() == 0 else mine:
             some = [examples[index] for index in chosen]
             tensors = probabilities(model, some, top_k, vocabulary, batch, pad)
             writer.save_tensors(partial / teacher_cache.shard_name(number), tensors)
+    except BaseException:
+        if distributed.rank() == 0 and not any(partial.iterdir()):  # nothing to go on from
+            partial.rmdir()
+            file.unlink()
+        raise
     distributed.sum_number(0.0)  # every rank has written
     return distributed.lead(lambda: _finish(partial, file, out, note))
 
@@ -144,8 +150,12 @@ def _finish(partial: Path, file: Path, out: Path, note: dict) -> dict:
             total += shard.get_tensor("log_tail").double().exp().sum().item()
     note["mean_tail"] = total / note["labels"]
     writer.write_text(partial / teacher_cache.NOTE, json.dumps(note, indent=1) + "\n")
+    # As `writer.put_in_place`, which wants a checkpoint: a kill leaves one of the two whole.
+    replaced = out.with_name(out.name + ".partial.replaced")
     if out.exists():
-        shutil.rmtree(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(out, replaced)
     os.replace(partial, out)
     file.unlink()
+    shutil.rmtree(replaced, ignore_errors=True)
     return note

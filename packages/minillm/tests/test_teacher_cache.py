@@ -1,6 +1,8 @@
 """A teacher's probabilities on disk: KD from them is KD in memory, but for the tail's part."""
 
 import json
+import os
+import shutil
 
 import families
 import pytest
@@ -180,6 +182,29 @@ def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
     assert torch.equal(cached.rows([5])["teacher_ids"], ids[starts[5] : starts[6]])
 
 
+@pytest.mark.parametrize(
+    "module, name, deadly", [(os, "replace", "cache"), (shutil, "rmtree", "replaced")]
+)
+def test_a_killed_overwrite_is_mended_by_a_repeat(place, monkeypatch, module, name, deadly):
+    words = ["teacher", "--data", "pairs", "--topk", "3", "--out", "cache"]
+    assert main(words) == 0
+    before = sorted(place.iterdir())
+    real = getattr(module, name)
+
+    def dying(path, *more, **how):
+        if str((path, *more)[-1]).endswith(deadly) and (place / "cache.partial.replaced").exists():
+            (place / "cache.partial.replaced/cache.json").unlink()  # as far as it came
+            raise KeyboardInterrupt
+        return real(path, *more, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, dying)
+        assert main([*words, "--overwrite"]) == 130
+    assert main([*words, "--overwrite"]) == 0
+    assert sorted(place.iterdir()) == before
+    teacher_cache.Cache("cache", examples_of("teacher"), families.VOCAB)
+
+
 def examples_of(model):
     context = checkpoint.load_config(checkpoint.resolve(model)).max_position_embeddings
     return example_sets.examples(
@@ -211,6 +236,7 @@ def test_finetune_trains_from_the_cache_with_no_teacher(place, monkeypatch, caps
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["--train-num", "-3"], "--train-num -3: at least 1"),
         (["--topk", "0"], "--topk 0: expected 1 to"),
         (["--topk", "100000"], "the vocabulary"),
         (["--batch-size", "0"], "--batch-size 0: at least 1"),
@@ -222,6 +248,44 @@ def test_bad_input_is_one_clear_line(place, capsys, words, message):
     assert main(["teacher", "--data", "pairs", *words]) == 2
     shown = capsys.readouterr().err.strip().splitlines()
     assert message in shown[-1] and shown[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("top", ["3", str(families.VOCAB)])
+def test_a_broken_teacher_is_refused_and_leaves_nothing(place, capsys, top):
+    families.save("llama", place / "teacher", rms_norm_eps=float("nan"))
+    assert main(["teacher", "--data", "pairs", "--topk", top, "--out", "cache"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: the teacher gives NaN or infinite logits in torch.float32" in line
+    assert not list(place.glob("cache*"))
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "file, damage, message",
+    [
+        ("cache.json", lambda path: path.write_text("{}"), r"cache\.json lacks content;"),
+        ("shard-00001.safetensors", halve, "shard-00001.safetensors cannot be read"),
+        ("shard-00001.safetensors", lambda path: path.unlink(), "shard-00001.*cannot be read"),
+        (
+            "shard-00001.safetensors",
+            lambda path: shutil.copy(path.with_name("shard-00000.safetensors"), path),
+            "shard-00001.safetensors has not the .* labels of its examples",
+        ),
+    ],
+)
+def test_a_damaged_cache_is_one_clear_line(place, monkeypatch, file, damage, message):
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 250)
+    assert main(["teacher", "--data", "pairs", "--topk", "3", "--out", "cache"]) == 0
+    made = examples_of("teacher")
+    teacher_cache.Cache("cache", made, families.VOCAB)
+    damage(place / "cache" / file)
+    with pytest.raises(finetuning.UserError, match=message) as caught:
+        teacher_cache.Cache("cache", made, families.VOCAB)
+    assert "make it again with cache_teacher --overwrite" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_cache_of_another_place_is_refused(place, capsys):

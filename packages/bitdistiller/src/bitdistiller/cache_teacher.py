@@ -5,6 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from harness.errors import UserError
+
 from bitdistiller import flags
 from harness import cli
 
@@ -64,6 +66,8 @@ def cache(args) -> dict | None:
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
     teacher_caching.check(out, args.overwrite or args.dry_run, args.batch_size)
+    if args.max_train_samples is not None and args.max_train_samples < 1:
+        raise UserError(f"--max_train_samples {args.max_train_samples}: at least 1.")
     config = checkpoint.load_config(source)
     tokenizer = checkpoint.load_tokenizer(source)
     longest = material.length(args.model_max_length, config)

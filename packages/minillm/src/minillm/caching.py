@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from harness.errors import UserError
 from harness.perplexity import context_length
 
 from harness import batching, checkpoint, distributed, example_sets, teacher_caching
@@ -20,6 +21,8 @@ def cache(args) -> dict | None:
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
     teacher_caching.check(out, args.overwrite or args.dry_run, args.batch_size)
+    if args.train_num is not None and args.train_num < 1:
+        raise UserError(f"--train-num {args.train_num}: at least 1.")
     configs = [checkpoint.load_config(source)]
     tokenizer = checkpoint.load_tokenizer(args.student or source)
     vocabulary = configs[0].get_text_config().vocab_size
