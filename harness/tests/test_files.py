@@ -80,12 +80,27 @@ def test_one_file_for_both_is_said(tmp_path, capsys):
     [
         ("a.jsonl", b'{"text": "x"}\n{"text"', r"a\.jsonl, line 2: not JSON"),
         ("a.json", b"[1", r"a\.json: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n\n{"text": "\\ud800"}',
+            r"line 3: '\\ud800' is half of a char",
+        ),
+        (
+            "a.json",
+            b'[{"text": "x", "more": ["\\udc00x"]}]',
+            r"line 1: '\\udc00' is half of a char",
+        ),
         ("a.jsonl", b"3\n", r"line 1: expected an object or .*, found 3"),
         ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8"),
         ("a.txt.gz", b"plain", r"not a whole gzip"),
         ("a.txt.gz", gzip.compress(b"x" * 9999)[:-9], r"not a whole gzip"),
         ("a.parquet", b"PAR1", r"not a whole parquet"),
         ("a.jsonl", b'{"one": "x", "two": "y"}\n', r"no text column among one, two"),
+        (
+            "a.jsonl",
+            b'{"text": 5, "b": null}',
+            r"among text \(5 is no text\), b \(None is no text\);",
+        ),
         ("a.doc", b"x", r"unknown format; expected \.txt"),
     ],
 )
@@ -105,6 +120,25 @@ def test_rows_of_bitdistiller_are_instructions(tmp_path, name):
     assert files.rows(tmp_path / name) == expected
     (tmp_path / name).write_text(json.dumps([pairs[0]]))
     assert files.rows(tmp_path / name) == expected[:1]
+
+
+def test_an_escaped_pair_is_a_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    assert files.rows(tmp_path / "a.jsonl") == [{"text": "\U0001f600"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "lines"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2}\n', [1, 3]),
+        ("a.csv", 'a,b\n1,x\n\n2,"over\r\nthree\nlines"\n3,y\n', [2, 4, 7]),
+    ],
+)
+def test_rows_know_their_lines(tmp_path, name, raw, lines):
+    path = tmp_path / name
+    path.write_bytes(raw.encode())
+    rows = range(1, len(files.rows(path)) + 1)
+    assert [files.line_of(path, row) for row in rows] == lines
 
 
 def test_folder_without_the_split_asked_for(tmp_path):

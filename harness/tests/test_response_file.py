@@ -30,6 +30,19 @@ def test_a_response_begins_with_its_space(tokenizer):
     assert continuations(tokenizer, prompts, said) == [" sat on", "s sat", ""]
 
 
+def test_an_error_before_the_first_response_leaves_nothing(tokenizer, tmp_path):
+    def broken(*asked):
+        raise UserError("no")
+
+    for start in (broken, lambda: broken):
+        with pytest.raises(UserError, match="no"):
+            write(
+                tmp_path / "made.jsonl", start, tokenizer, [[1]], [[0]], 3, None, run={}, seed=0,
+                resume=True,
+            )  # fmt: skip
+        assert not list(tmp_path.iterdir())
+
+
 def test_what_is_there_is_not_asked_again(tokenizer, tmp_path):
     prompts = [[1] * (1 + index % 3) for index in range(7)]
     asked = []

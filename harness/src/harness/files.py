@@ -9,6 +9,7 @@ import gzip
 import json
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from harness.errors import UserError
@@ -128,11 +129,40 @@ def _fields(row):
 
 
 def line_of(path: Path, number: int) -> int:
-    """The line of row ``number`` (from 1): blank lines of a jsonl file are no rows."""
+    """The line on which row ``number`` (from 1) begins: blank lines are no rows, nor is the head of
+    a csv file, whose rows may have several lines."""
     if kind(path) == ".jsonl":
         full = (line for line, text in _lines(path) if text.strip())
-        return next(line for row, line in enumerate(full, 1) if row == number)
+        return next(islice(full, number - 1, None))
+    if kind(path) == ".csv":
+        return next(islice(_csv_starts(path), number, None))
     return number
+
+
+def _csv_starts(path: Path) -> Iterator[int]:
+    reader = csv.reader(line for _, line in _lines(path))
+    start = 1
+    for row in reader:
+        if row:
+            yield start
+        start = reader.line_num + 1
+
+
+def columns(row: dict) -> str:
+    """The names of a row's columns, for an error, and what is in them where that is no text."""
+    names = (
+        str(name) if isinstance(value, str) else f"{name} ({value!r:.20} is no text)"
+        for name, value in row.items()
+    )
+    return ", ".join(names) or "no columns"
+
+
+def check_new(out: Path, replace: bool) -> None:
+    """Raise :class:`UserError` unless the file ``out`` of JSON lines may be written."""
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out {out}: expected a name in .jsonl, by which other commands read it.")
+    if out.is_dir() or (out.exists() and not replace):
+        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
 
 
 def rows(path: Path) -> list[dict]:
@@ -152,12 +182,24 @@ def rows(path: Path) -> list[dict]:
     }[form]
     found = [_fields(row) for row in reader(path)]
     for number, row in enumerate(found, 1):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, line {line_of(path, number)}: expected an object or "
-                f"[[prompt, response]], found {row!r:.60}"
-            )
+        fault = _fault(row, form)
+        if fault:
+            raise UserError(f"{path}, line {line_of(path, number)}: {fault}")
     return found
+
+
+def _fault(row, form: str) -> str | None:
+    if not isinstance(row, dict):
+        return f"expected an object or [[prompt, response]], found {row!r:.60}"
+    if form not in (".jsonl", ".json"):
+        return None
+    try:
+        # What UTF-8 cannot hold comes from JSON's escapes alone, and no tokenizer takes it.
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        return f"{half!a} is half of a character; expected Unicode text, mend the row or drop it"
+    return None
 
 
 def text_column(row: dict, path: Path) -> str:
@@ -169,6 +211,5 @@ def text_column(row: dict, path: Path) -> str:
     if len(strings) == 1:
         return strings[0]
     raise UserError(
-        f"{path}: no text column among {', '.join(map(str, row)) or 'no columns'}; "
-        f"name one of them '{TEXT_COLUMNS[0]}'"
+        f"{path}: no text column among {columns(row)}; name one of them '{TEXT_COLUMNS[0]}'"
     )

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +26,6 @@ class Said(NamedTuple):
     text: str
     tokens: int
     ended: bool
-
-
-def check(out: Path, replace: bool) -> None:
-    """Raise :class:`UserError` unless the file ``out`` may be written."""
-    if out.is_dir() or (out.exists() and not replace):
-        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
 
 
 def identity(source: Path, settings: dict, texts: list[str]) -> dict:
@@ -75,8 +70,9 @@ def write(
         distributed.say(f"resuming: {len(done)} responses are there")
     rest = [group for group in groups if not done.issuperset(group)]
     if rest:
-        ask = start()
-        with (partial / f"rank-{distributed.rank()}.jsonl").open("w") as lines:
+        mine = partial / f"rank-{distributed.rank()}.jsonl"
+        with _nothing_left(partial, file), mine.open("w") as lines:
+            ask = start()
             try:
                 for group, said in responses.respond(ask, prompts, seed, rest, "responses"):
                     asked = [prompts[index] for index in group]
@@ -91,6 +87,22 @@ def write(
                 ) from error
         distributed.sum_number(0.0)  # every rank has written
     return distributed.lead(lambda: _finish(partial, file, len(prompts), row, out))
+
+
+@contextmanager
+def _nothing_left(partial: Path, file: Path):
+    """An error before the first response leaves nothing to go on from."""
+    try:
+        yield
+    except BaseException:
+        if distributed.rank() == 0 and not _rows(partial):
+            _forget(partial, file)
+        raise
+
+
+def _forget(partial: Path, file: Path) -> None:
+    file.unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def continuations(tokenizer, prompts: list[list[int]], said: list[list[int]]) -> list[str]:
@@ -137,6 +149,5 @@ def _finish(partial: Path, file: Path, count: int, row, out: Path) -> list[Said]
     said = [found[index] for index in range(count)]
     out.parent.mkdir(parents=True, exist_ok=True)
     writer.write_text(out, "".join(json.dumps(row(i, s)) + "\n" for i, s in enumerate(said)))
-    file.unlink(missing_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
+    _forget(partial, file)
     return said

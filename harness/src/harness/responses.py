@@ -7,6 +7,7 @@ that goes on from a kill, with the same batches, says the same.
 Legend: B prompts of a batch, L tokens so far, padded on the left, V vocabulary.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,12 +38,24 @@ class Sampling:
     no_repeat: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.no_repeat < 0:
+        heat = 0 <= self.temperature < math.inf
+        if not heat or not 0 < self.top_p <= 1 or self.top_k < 0 or self.no_repeat < 0:
             raise UserError(
                 f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}, n-gram "
-                f"{self.no_repeat}: expected at least 0, above 0 and at most 1, at least 0, at "
-                "least 0."
+                f"{self.no_repeat}: expected 0 or more and finite, above 0 and at most 1, at least "
+                "0, at least 0."
             )
+
+
+def check_tokens(tokenizer, prompts: list[list[int]], config) -> None:
+    """Refuse prompts, or an end token, that the model has no embedding of."""
+    largest = max(max(map(max, prompts)), tokenizer.eos_token_id or 0)
+    known = config.get_text_config().vocab_size
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
+            "not belong together."
+        )
 
 
 def batches(prompts: list[list[int]], size: int) -> list[list[int]]:
@@ -98,7 +111,7 @@ def end_ids(tokenizer, generation_config) -> list[int]:
 
 
 def transformers_engine(model, tokenizer, sampling: Sampling) -> Ask:
-    """A loaded model as an engine."""
+    """A loaded model as an engine, which raises UserError where logits are NaN or infinite."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     ends = end_ids(tokenizer, model.generation_config)
@@ -112,11 +125,16 @@ def transformers_engine(model, tokenizer, sampling: Sampling) -> Ask:
     @torch.no_grad()
     def ask(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         ids, mask = pad_left([torch.tensor(prompt) for prompt in prompts], ends[0])
-        drawing = LogitsProcessorList([_Draw(sampling, ids.shape[1], seeds)])
+        drawing = _Draw(sampling, ids.shape[1], seeds)
         made = model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device),
-            generation_config=settings, logits_processor=drawing,
+            generation_config=settings, logits_processor=LogitsProcessorList([drawing]),
         )  # fmt: skip
+        if drawing.broken:
+            raise UserError(
+                f"the model gives NaN or infinite logits in {model.dtype}; it is damaged, or try "
+                "--dtype bfloat16 or float32."
+            )
         return [until_end(row, ends) for row in made[:, ids.shape[1] :].tolist()]
 
     return ask
@@ -133,6 +151,7 @@ class _Draw:
 
     def __init__(self, sampling: Sampling, prompt: int, seeds: list[int]):
         self.sampling, self.prompt = sampling, prompt
+        self.broken = False  # where the scores are, so that no token waits for it
         draws = (torch.Generator().manual_seed(seed) for seed in seeds)
         count = sampling.new_tokens
         self.draws = torch.stack(
@@ -140,6 +159,7 @@ class _Draw:
         )
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self.broken = self.broken | ~scores.amax(-1).isfinite().all()  # -inf may be meant
         if self.sampling.no_repeat:
             scores = without_repeats(ids, scores, self.sampling.no_repeat)
         if not self.sampling.temperature:

@@ -135,18 +135,43 @@ def test_the_plan_writes_nothing(place, capsys):
         (["--max_sample", "few"], "--max_sample few: expected numbers above 0"),
         (["--max_new_tokens", "64"], "--max_new_tokens 64: expected 1 to 63"),
         (["--max_new_tokens", "63"], "none of 11 prompts has at most 1 tokens"),
+        (["--max_sample", "²"], "--max_sample ²: expected numbers above 0"),
         (["--temperature", "-1"], "temperature -1.0"),
+        (["--temperature", "nan"], "temperature nan"),
+        (["--temperature", "inf"], "temperature inf"),
+        (["--top_p", "nan"], "top_p nan"),
         (["--batch_size", "0"], "--batch_size 0: at least 1"),
         (["--tensor_parallel_size", "2"], "--tensor_parallel_size is vLLM's"),
         (["--base_model", "teacher"], "name the model once"),
         (["--out_path", "x"], "give one of the two"),
         (["--out", "more.jsonl"], "more.jsonl exists"),
+        (["--out", "x.txt"], "--out x.txt: expected a name in .jsonl"),
+        (["--dataset", "five.jsonl"], "five.jsonl, line 1: prompt (5 is no text); expected prompt"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(place, capsys, words, message):
     (place / "empty.jsonl").write_text('{"text": "short"}\n')
+    (place / "five.jsonl").write_text('{"prompt": 5}\n')
     before = sorted(place.iterdir())
     assert main(["teacher", "--dataset", "more.jsonl", *FLAGS, "--out", "x.jsonl", *words]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+    assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("greedy", [[], ["--temperature", "0"]])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ({"vocab_size": 200}, "the model knows 200; tokenizer and model do not belong together"),
+        ({"rms_norm_eps": float("nan")}, "the model gives NaN or infinite logits in torch.float32"),
+    ],
+)
+def test_a_model_that_can_say_nothing_is_one_clear_line(place, capsys, damage, message, greedy):
+    families.save("llama", place / "teacher", **damage)
+    before = sorted(place.iterdir())
+    words = ["--dataset", "more.jsonl", *FLAGS, "--out", "x.jsonl", *greedy]
+    assert main(["teacher", *words]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ") and message in line
     assert sorted(place.iterdir()) == before

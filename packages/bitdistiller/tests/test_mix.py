@@ -50,9 +50,25 @@ def test_everything_once_in_another_order(place, capsys):
 
 def test_the_draw_follows_from_the_seed(place):
     for out, seed in (("a", "42"), ("b", "42"), ("c", "1")):
-        assert main(["ours.jsonl", "--max_sample", "5", "--seed", seed, "--out", out]) == 0
-    assert (place / "a").read_bytes() == (place / "b").read_bytes() != (place / "c").read_bytes()
-    assert len(rows(place / "a")) == 5
+        words = ["ours.jsonl", "--max_sample", "5", "--seed", seed, "--out", f"{out}.jsonl"]
+        assert main(words) == 0
+    a, b, c = (place / f"{out}.jsonl" for out in "abc")
+    assert a.read_bytes() == b.read_bytes() != c.read_bytes()
+    assert len(rows(a)) == 5
+
+
+def test_what_a_killed_mix_leaves_is_replaced_by_the_next(place, monkeypatch):
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    before = sorted(place.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", killed)
+        patched.setattr("pathlib.Path.unlink", lambda *some, **more: None)
+        assert main(["ours.jsonl", "--out", "m.jsonl"]) == 130
+    assert sorted(place.iterdir()) == sorted([*before, place / "m.jsonl.tmp"])
+    assert main(["ours.jsonl", "--out", "m.jsonl"]) == 0
+    assert sorted(place.iterdir()) == sorted([*before, place / "m.jsonl"])
 
 
 def test_what_did_not_end_can_be_left_out(place, capsys):
@@ -68,6 +84,10 @@ def test_what_did_not_end_can_be_left_out(place, capsys):
     "words, message",
     [
         (["bad.jsonl"], "bad.jsonl, line 3: prompt, output; expected prompt and response"),
+        (["five.csv"], "five.csv, line 3: prompt, response (None is no text); expected"),
+        (["five.jsonl"], "five.jsonl, line 1: prompt, response (5 is no text); expected"),
+        (["half.jsonl"], "half.jsonl, line 1: '\\ud800' is half of a character"),
+        (["ours.jsonl", "--out", "x.csv"], "--out x.csv: expected a name in .jsonl"),
         (["list.json"], "list.json, line 2: expected an object"),
         (["nothing.jsonl"], "nothing.jsonl: no such file"),
         (["dots.jsonl"], "of 1 rows none is left"),
@@ -80,6 +100,9 @@ def test_bad_input_is_one_clear_line(place, capsys, words, message):
     (place / "bad.jsonl").write_text(good + "\n" + good.replace("response", "output"))
     (place / "list.json").write_text('[["a", "b"]]\n[["a", "b", "c"]]\n')
     (place / "dots.jsonl").write_text(good.replace('"b"', '"..."'))
+    (place / "five.csv").write_text("prompt,response\na,b\na\n")
+    (place / "five.jsonl").write_text(good.replace('"b"', "5"))
+    (place / "half.jsonl").write_text(good.replace('"b"', '"\\ud800"'))
     before = sorted(place.iterdir())
     assert main(["--out", "x.jsonl", *words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

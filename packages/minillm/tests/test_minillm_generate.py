@@ -183,12 +183,31 @@ def test_seqkd_trains_on_what_the_teacher_wrote(place):
         (["--max-prompt-length", "600"], "expected less than --max-length"),
         (["--max-prompt-length", "1"], "none has at most 1 tokens"),
         (["--top-p", "0"], "top_p 0.0"),
+        (["--temperature", "inf"], "temperature inf"),
+        (["--gen-num", "-3"], "--gen-num -3: at least 1"),
+        (["--out", "x.json"], "--out x.json: expected a name in .jsonl"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(place, capsys, words, message):
-    assert main(["teacher", "--data", "asked", *words, "--out", "x.jsonl"]) == 2
+    assert main(["teacher", "--data", "asked", "--out", "x.jsonl", *words]) == 2
     shown = capsys.readouterr().err.strip().splitlines()
     assert message in shown[-1] and shown[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ({"vocab_size": 200}, "the model knows 200; tokenizer and model do not belong together"),
+        ({"rms_norm_eps": float("nan")}, "the model gives NaN or infinite logits in torch.float32"),
+    ],
+)
+def test_a_model_that_can_say_nothing_is_one_clear_line(place, capsys, damage, message):
+    families.save("llama", place / "teacher", **damage)
+    before = sorted(place.iterdir())
+    assert main(["teacher", "--data", "asked", *FLAGS, "--out", "x.jsonl"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+    assert sorted(place.iterdir()) == before
 
 
 def test_without_vllm_its_engine_is_one_line(place, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from harness.speed import VLLM_INSTALL
 
 from bitdistiller import lengths
 from bitdistiller import prompts as sets
-from harness import checkpoint, distributed, example_sets, response_file, responses
+from harness import checkpoint, distributed, example_sets, files, response_file, responses
 
 BATCH = {"transformers": 16, "vllm": 1024}
 NEW_TOKENS = 1024
@@ -33,7 +33,8 @@ def generate(args) -> str | None:
     _check(args)
     model = args.model or args.base_model
     source = checkpoint.resolve(model)
-    context = context_length(checkpoint.load_config(source))
+    config = checkpoint.load_config(source)
+    context = context_length(config)
     names = [name for name in args.dataset.split(",") if name]
     counts = samples(names, args.max_sample)
     new = args.max_new_tokens or min(NEW_TOKENS, (context or 2 * NEW_TOKENS) // 2)
@@ -45,13 +46,14 @@ def generate(args) -> str | None:
     args.max_new_tokens = new
     sampling = responses.Sampling(new, args.temperature, args.top_p)
     out = Path(args.out) if args.out else Path(args.out_path or "") / _name(args, names, counts)
-    response_file.check(out, args.overwrite or args.dry_run)
+    files.check_new(out, args.overwrite or args.dry_run)
     distributed.say(f"engine: {args.engine}, at most {new} new tokens")
     tokenizer = checkpoint.load_tokenizer(source)
     asked = []  # (set, text, token ids)
     for name, count in zip(names, counts, strict=True):
         asked += _asked(name, count, args.seed, tokenizer, context and context - new)
     labels, texts, prompts = map(list, zip(*asked, strict=True))
+    responses.check_tokens(tokenizer, prompts, config)
     groups = responses.batches(prompts, args.batch_size)
     if args.dry_run:
         print(f"{len(groups)} batches of at most {args.batch_size} prompts -> {out}")
@@ -116,7 +118,7 @@ def samples(names: list[str], given: str | None) -> list[int | None]:
     if given is None:
         return [sets.SAMPLES.get(kind) for kind in kinds]
     parts = given.split(",")
-    if not all(part.strip().isdigit() and int(part) for part in parts):
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise UserError(f"--max_sample {given}: expected numbers above 0, with commas between.")
     if len(parts) not in (1, len(names)):
         raise UserError(

@@ -64,13 +64,11 @@ def mix(args) -> str:
     """Run the command with its parsed arguments; returns the report.
 
     Raises:
-        UserError: a row without the two fields, by its line; nothing left; --out exists.
+        UserError: a row without the two fields, by its line; nothing left; --out exists or is no
+            .jsonl.
     """
-    from harness.report import write_atomically
-
     out = Path(args.out)
-    if out.is_dir() or (out.exists() and not args.overwrite):
-        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
+    files.check_new(out, args.overwrite)
     if args.max_sample is not None and args.max_sample < 1:
         raise UserError(f"--max_sample {args.max_sample}: at least 1.")
     found = [row for name in args.data for row in read(Path(name))]
@@ -93,7 +91,9 @@ def mix(args) -> str:
     fields = ({k: v for k, v in row._asdict().items() if v is not None} for row in kept)
     text = "".join(json.dumps(row) + "\n" for row in fields)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, lambda beside: beside.write_text(text))
+    from harness import writer  # torch, which nothing above needs
+
+    writer.write_text(out, text)
     table = lengths.table(seen, "characters")
     return f"{table}\n{len(kept)} of {len(found)} rows written to {out}"
 
@@ -111,8 +111,8 @@ def read(path: Path) -> list[Row]:
     for number, row in enumerate(files.rows(path), 1):
         if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
             raise UserError(
-                f"{path}, line {files.line_of(path, number)}: {', '.join(map(str, row))}; "
-                "expected prompt and response."
+                f"{path}, line {files.line_of(path, number)}: {files.columns(row)}; "
+                "expected prompt and response, both text."
             )
         ended = row.get("ended")
         ended = ended if isinstance(ended, bool) else None

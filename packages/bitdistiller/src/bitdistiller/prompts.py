@@ -97,7 +97,7 @@ def prompts(name: str) -> list[str]:
             found = prompt(row, kind)
             if found is None:
                 where = f"{file}, line {files.line_of(file, number)}"
-                raise UserError(f"{where}: {', '.join(map(str, row)) or 'nothing'}; {EXPECTED}.")
+                raise UserError(f"{where}: {files.columns(row)}; {EXPECTED}.")
             # A text that is too short to go on from asks nothing.
             asked += [found] * bool(found)
     return asked

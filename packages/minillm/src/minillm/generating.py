@@ -5,7 +5,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.perplexity import context_length
 
-from harness import checkpoint, distributed, example_sets, response_file, responses
+from harness import checkpoint, distributed, example_sets, files, response_file, responses
 from minillm import flags
 
 BATCH = {"transformers": 16, "vllm": 1024}
@@ -24,7 +24,9 @@ def generate(args) -> dict[str, int] | None:
     """
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
-    response_file.check(out, args.overwrite or args.dry_run)
+    files.check_new(out, args.overwrite or args.dry_run)
+    if args.gen_num is not None and args.gen_num < 1:
+        raise UserError(f"--gen-num {args.gen_num}: at least 1.")
     pairs = example_sets.pairs(args.data, "train")[: args.gen_num]
     tokenizer = checkpoint.load_tokenizer(source)
     sampling, longest = how(args, source)
@@ -85,7 +87,11 @@ def short(args, name: str, tokenizer, texts: list[str]) -> tuple[list[int], list
             f"{name}: of {len(texts)} prompts none has at most {args.max_prompt_length} tokens; "
             "raise --max-prompt-length."
         )
-    return kept, [ids[i] for i in kept]
+    prompts = [ids[i] for i in kept]
+    responses.check_tokens(
+        tokenizer, prompts, checkpoint.load_config(checkpoint.resolve(args.model))
+    )
+    return kept, prompts
 
 
 def left_out(count: int, args) -> str:
