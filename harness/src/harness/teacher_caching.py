@@ -88,11 +88,12 @@ def cache(
     mine = rest[distributed.rank() :: distributed.world_size()]
     distributed.sum_number(0.0)  # every rank has looked, before one writes
     try:
-        model = load() if mine else None
-        for number, chosen in track(mine, "shards") if distributed.rank() == 0 else mine:
-            some = [examples[index] for index in chosen]
-            tensors = probabilities(model, some, top_k, vocabulary, batch, pad)
-            writer.save_tensors(partial / teacher_cache.shard_name(number), tensors)
+        if mine:
+            model = load()
+            for number, chosen in track(mine, "shards") if distributed.rank() == 0 else mine:
+                some = [examples[index] for index in chosen]
+                tensors = probabilities(model, some, top_k, vocabulary, batch, pad)
+                writer.save_tensors(partial / teacher_cache.shard_name(number), tensors)
     except BaseException:
         if distributed.rank() == 0 and not any(partial.iterdir()):  # nothing to go on from
             partial.rmdir()
