@@ -279,33 +279,46 @@ def _load_packed(weights: Weights, config, dtype):
     """A packed checkpoint with its linears dequantized."""
     vars(config).pop("quantization_config", None)
     state = {name: weights.read(name, dtype) for name in sorted(weights.names)}
-    model, report = sizes.model_class(config).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    _check_complete(weights.folder, report)
-    return model
+    return _load_complete(weights.folder, None, config=config, state_dict=state, dtype=dtype)
 
 
-def _check_complete(folder: Path, report: dict) -> None:
+def _load_complete(folder: Path, *where, config, **more):
+    """transformers' from_pretrained; tensors that are missing or of another shape are an error in
+    one line, and transformers' table of them is not shown."""
+    from transformers.utils import logging
+
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = sizes.model_class(config).from_pretrained(
+            *where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **more
+        )
+    finally:
+        logging.set_verbosity(said)
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"{name} has shape {list(stored)} in {folder}; config.json asks for {list(wanted)}. "
+            "The two do not belong together."
+        )
     missing = report["missing_keys"]
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} tensors that config.json asks for, {min(missing)} "
             "among them; the checkpoint is incomplete."
         )
+    return model
 
 
 def load_dense(folder: Path, dtype):
     """A dense checkpoint through transformers; missing tensors are an error, never random."""
     for file in set(Weights(folder).files()):
         _open_file(folder / file)
-    model_class = sizes.model_class(load_config(folder))
     try:
-        model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        return _load_complete(folder, folder, config=load_config(folder), dtype=dtype)
+    except UserError:
+        raise
     except Exception as error:  # transformers over the user's files
         raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
-    _check_complete(folder, report)
-    return model
 
 
 def _load_bitsandbytes(folder: Path, load: str, dtype, device: str, weights: Weights):
