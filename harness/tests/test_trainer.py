@@ -101,6 +101,53 @@ def test_a_loss_that_is_no_number_stops_and_leaves_its_batch(source, tmp_path, c
     assert not out.exists()
 
 
+def test_no_more_of_the_best_are_kept_than_a_run_can_go_on_from(source, tmp_path):
+    """Those of the last state, and the newest."""
+    seen = []
+
+    def evaluate(running, step):
+        seen.append(len(list((tmp_path / "out.partial").glob("best-*"))))
+        return {"value": float(-step)}
+
+    more = {"evaluate": evaluate, "eval_steps": 1, "save_steps": 6, "boundary": None}
+    assert trainer_driver.main(source, tmp_path / "out", **more) == 0
+    assert max(seen) == 2 and log(tmp_path / "out")["written"] == {"step": 12}
+
+
+FULL = "[enforce fail at inline_container.cc:672] . unexpected pos 6720 vs 6612"
+
+
+@pytest.mark.parametrize("error", [RuntimeError(FULL), OSError(28, "No space left on device")])
+def test_a_full_disk_is_told_and_the_state_before_is_kept(
+    source, tmp_path, monkeypatch, capsys, error
+):
+    out, states = tmp_path / "out", tmp_path / "out.partial" / "states"
+    real = trainer_driver.engine.start
+
+    def start(*args):
+        running = real(*args)
+        save = running.save_checkpoint
+
+        def full(folder, tag, **more):
+            if tag == "step-6":
+                (states / tag).mkdir()
+                (states / tag / "half").touch()
+                raise error
+            save(folder, tag=tag, **more)
+
+        monkeypatch.setattr(running, "save_checkpoint", full)
+        return running
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_driver.engine, "start", start)
+        assert trainer_driver.main(source, out) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"error: the disk is full at {states.parent}")
+    assert sorted(path.name for path in states.iterdir()) == ["state.json", "step-3"]
+    assert trainer_driver.main(source, out) == 0
+    assert "resuming: 3 steps are done" in capsys.readouterr().err
+
+
 def test_another_run_there_is_refused_by_name(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert trainer_driver.main(source, out, fate="stop", at=11) == 130
@@ -116,6 +163,7 @@ def test_a_value_that_is_no_number_stops(source, tmp_path, capsys):
         source, tmp_path / "out", evaluate=lambda running, step: {"value": float("inf")}
     )
     assert code == 2 and "after 0 steps; the model's weights are" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
     assert issubclass(trainer_driver.engine.Diverged, UserError)
 
 

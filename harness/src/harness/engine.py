@@ -15,6 +15,7 @@ process trains as it is; `deepspeed`, `torchrun` and `accelerate launch` give th
 """
 
 import atexit
+import errno
 import json
 import logging
 import os
@@ -117,9 +118,8 @@ def launch(device: str) -> str:
         # Shared-memory collectives would be compiled on first use, for a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
         with _alone():
-            dist.init_process_group(backend)
+            backend = distributed.join(device)
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -149,15 +149,9 @@ def group():
     """What a command on DeepSpeed runs in. After a success all ranks leave together, as in
     `distributed.group`, but the process group stays until the process ends: DeepSpeed keeps hold of
     it, and a second command in the process trains on it too."""
-    atexit.register(_destroy_group)
+    atexit.register(distributed.leave)
     yield
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _destroy_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    distributed.gather()
 
 
 @contextmanager
@@ -289,11 +283,22 @@ def seed(training: Training, step: int) -> None:
 
 def save_state(engine, folder: Path, state: dict) -> None:
     """Trained weights, optimizer and schedule under ``folder``, beside a JSON ``state``; whole or
-    not at all: state.json names the newest whole one, older ones are removed."""
+    not at all: state.json names the newest whole one, older ones are removed.
+
+    Raises:
+        UserError: the disk is full. The launcher ends the other ranks, which wait for this one.
+    """
     name = f"step-{engine.global_steps}"
-    engine.save_checkpoint(
-        str(folder), tag=name, save_latest=False, exclude_frozen_parameters=_some_frozen(engine)
-    )
+    try:
+        engine.save_checkpoint(
+            str(folder), tag=name, save_latest=False, exclude_frozen_parameters=_some_frozen(engine)
+        )
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        # torch's writer of zip files tells a full disk by a position that it did not expect.
+        if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
+            error = OSError(errno.ENOSPC, str(error))
+        raise writer.disk_error(folder, error) from error
 
     def publish():
         writer.write_text(folder / "state.json", json.dumps({"tag": name, **state}, indent=1))

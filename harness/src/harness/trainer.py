@@ -107,7 +107,12 @@ def train(
         run.save(running, progress)
 
     if not progress.rows:
-        look()
+        try:
+            look()
+        except Diverged:
+            # No state was saved from which the same command could go on.
+            distributed.lead(run.forget)
+            raise
     running.train(mode)
     meter = Meter(step_entry["method"], training.steps, progress.step, progress.tokens)
     log = run.events(progress.step)
@@ -191,6 +196,7 @@ class _Run:
         self.partial = out.with_name(out.name + ".partial")
         self.file = out.with_name(out.name + ".partial.json")
         self.states = self.partial / "states"
+        self.saved_best: int | None = None  # of which step, by the last state
         ranks = identity | {"processes": distributed.world_size()}
         distributed.lead(lambda: self._open(ranks, overwrite, resume))
 
@@ -212,26 +218,32 @@ class _Run:
         if state is None:
             return Progress()
         distributed.say(f"resuming: {state['progress']['step']} steps are done")
-        return Progress(**state["progress"])
+        progress = Progress(**state["progress"])
+        self.saved_best = progress.best_step
+        return progress
 
     def save(self, running, progress: Progress) -> None:
         engine.save_state(running, self.states, {"progress": asdict(progress)})
+        self.saved_best = progress.best_step
+        distributed.lead(self._forget_worse)
 
-        def forget_worse():
-            for path in self.partial.glob("best-*.safetensors"):
-                if path != self._best(progress.best_step):
-                    path.unlink()
-
-        distributed.lead(forget_worse)
+    def _forget_worse(self) -> None:
+        """Keep of the best weights those that the last state would go on from."""
+        for path in self.partial.glob("best-*.safetensors"):
+            if path != self._best(self.saved_best):
+                path.unlink()
 
     def _best(self, step: int | None) -> Path:
         return self.partial / f"best-{step}.safetensors"
 
     def keep_best(self, running, trained: list[str], step: int) -> None:
         tensors = engine.weights(running)
-        distributed.lead(
-            lambda: writer.save_tensors(self._best(step), {name: tensors[name] for name in trained})
-        )
+
+        def write():
+            self._forget_worse()
+            writer.save_tensors(self._best(step), {name: tensors[name] for name in trained})
+
+        distributed.lead(write)
 
     def events(self, step: int) -> Callable[[dict | None, int], None]:
         """(scalars or None to close, step) -> into TensorBoard's events, from rank 0, where
