@@ -1,6 +1,7 @@
-"""How examples are dealt to steps and ranks."""
+"""How examples are dealt to steps and ranks, and padded."""
 
 import random
+from types import SimpleNamespace
 
 from harness.engine import Training
 
@@ -28,3 +29,9 @@ def test_every_epoch_shows_every_example_once_however_it_is_dealt(monkeypatch):
     assert [lengths[i] for micro in one[0] for i in micro] == sorted(
         (lengths[i] for micro in one[0] for i in micro), reverse=True
     )
+
+
+def test_padding_is_a_token_that_the_model_knows():
+    added = SimpleNamespace(pad_token_id=4096, eos_token_id=2)
+    assert batching.pad_id(added) == 2
+    assert batching.pad_id(SimpleNamespace(pad_token_id=None, eos_token_id=None)) == 0

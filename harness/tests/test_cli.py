@@ -85,6 +85,8 @@ def test_outcomes_become_exit_codes(capsys):
     assert run(fails(KeyboardInterrupt())) == 130
     assert run(fails(OSError(errno.ENOSPC, "No space left", "out/x"))) == 2
     assert "disk is full at out/x" in capsys.readouterr().err
+    assert run(fails(OSError(errno.EROFS, "Read-only file system", "out/x"))) == 2
+    assert "out/x: Read-only file system; choose" in capsys.readouterr().err
     assert run(fails(OSError(errno.EIO, "broken"))) == 1
     assert run(fails(ZeroDivisionError())) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -297,6 +297,46 @@ def test_another_runs_blocks_are_not_taken(sources, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_another_run_may_have_more_or_less_to_say(tmp_path):
+    same = {"settings": {"bits": 2}, "clip": "abc"}
+    writer.refuse_other_run(tmp_path, same, dict(same))
+    for begun, now in ((same, {"settings": {"bits": 2}}), ({"settings": {"bits": 2}}, same)):
+        with pytest.raises(UserError, match=r"another run \(clip\)"):
+            writer.refuse_other_run(tmp_path, begun, now)
+
+
+def test_a_change_anywhere_in_a_large_file_is_another_model(tmp_path):
+    size = 2**24
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {"x": torch.zeros(size, dtype=torch.uint8)}
+    writer.save_tensors(tmp_path / "model.safetensors", tensors)
+    before = writer.model_files(tmp_path)
+    assert before == writer.model_files(tmp_path)
+    tensors["x"][size // 3 : size // 3 + size // 256] += 1
+    writer.save_tensors(tmp_path / "model.safetensors", tensors)
+    changed = writer.model_files(tmp_path)
+    assert changed["config.json"] == before["config.json"]
+    assert changed["model.safetensors"] != before["model.safetensors"]
+
+
+def test_a_place_where_nothing_can_be_made_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file is a file, no folder; choose another --out"):
+        writer.check_out(tmp_path / "file" / "new" / "out", overwrite=False)
+    writer.check_out(tmp_path / "new" / "out", overwrite=False)
+
+
+def test_what_a_kill_after_the_last_rename_leaves_is_swept(sources, tmp_path):
+    source, out = sources["llama"], tmp_path / "out"
+    run(source, out, noting({}))
+    (tmp_path / "out.partial.json").write_text("{}")
+    for name in ("out.side.partial", "out.partial.replaced"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="out exists"):
+        run(source, out, noting({}))
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
 def test_a_run_that_finished_no_block_is_not_in_the_way(sources, tmp_path):
     with pytest.raises(Interrupted):
         run(sources["llama"], tmp_path / "out", packing(fail_at=0))

@@ -63,5 +63,7 @@ def deal(lengths: list[int], step: int, training: engine.Training) -> list[list[
 
 
 def pad_id(tokenizer) -> int:
-    pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
+    """What fills places that are masked: the end token, not the pad token, which is often added to
+    a tokenizer whose model has no embedding of it."""
+    end = tokenizer.eos_token_id
+    return 0 if end is None else end

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from harness.errors import UserError
 
 DONE, FAULT, MENDABLE, INTERRUPTED = 0, 1, 2, 130
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, seed: int = 0) -> None:
@@ -60,7 +61,8 @@ def run(body: Callable[[], int | None]) -> int:
     """Call `body` and turn its outcome into the house's exit code; nothing is raised.
 
     0 done (or the int that `body` returned); 2 the user can mend it (one line on stderr: a
-    `UserError`, or a full disk); 130 interrupted; 1 a fault of ours (traceback on stderr).
+    `UserError`, a full disk, a place that is not theirs); 130 interrupted; 1 a fault of ours
+    (traceback on stderr).
     """
     try:
         return body() or DONE
@@ -82,6 +84,9 @@ def run(body: Callable[[], int | None]) -> int:
                 "then run the same command again",
                 file=sys.stderr,
             )
+            return MENDABLE
+        if error.errno in FORBIDDEN and error.filename:
+            print(f"error: {error.filename}: {error.strerror}; choose another", file=sys.stderr)
             return MENDABLE
         traceback.print_exc()
         return FAULT

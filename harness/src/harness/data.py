@@ -119,11 +119,14 @@ def _check(seqlen: int, count: int | None, flag: str) -> None:
         raise UserError(f"{flag} {count}: at least 1 window is needed")
 
 
-def calibration(tokenizer, dataset: str, *, nsamples: int, seqlen: int, seed: int) -> "Tensor":
+def calibration(
+    tokenizer, dataset: str, *, nsamples: int, seqlen: int, seed: int, held_out: int = 0
+) -> "Tensor":
     """Random windows of the train split, LongTensor [N = nsamples, T = seqlen], equal per seed.
 
     `stdlib` draws from its calibration split, which the embedded models were not trained on.
-    Raises UserError when the text does not fill that many windows side by side.
+    Raises UserError when the text does not fill that many windows side by side; of `nsamples`,
+    `held_out` are not what --nsamples asked for.
     """
     import torch
 
@@ -132,17 +135,17 @@ def calibration(tokenizer, dataset: str, *, nsamples: int, seqlen: int, seed: in
         documents = corpus_documents(dataset, "train")
         return _drawn(tokenizer, dataset, documents, nsamples, seqlen, seed)
     ids = _encode(tokenizer, corpus_text(dataset, "train", True))
-    have = (len(ids) - 1) // seqlen
+    have = max(0, len(ids) - 1) // seqlen
     if have < nsamples:
-        raise UserError(_too_little(dataset, ids, have, seqlen, nsamples))
+        raise UserError(_too_little(dataset, ids, have, seqlen, nsamples, held_out))
     draw = random.Random(seed)
     starts = [draw.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
     tokens = torch.tensor(ids, dtype=torch.long)
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
-def _too_little(dataset: str, ids: list[int], have: int, seqlen: int, asked: int) -> str:
-    fewer = f"--nsamples {have}, " if have else ""
+def _too_little(dataset: str, ids, have: int, seqlen: int, asked: int, held_out: int = 0) -> str:
+    fewer = f"--nsamples {have - held_out}, " if have > held_out else ""
     return (
         f"{dataset}: {asked} windows of {seqlen} tokens asked for, its {len(ids)} tokens fill "
         f"{have}; use {fewer}a shorter --seqlen or more text"

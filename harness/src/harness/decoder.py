@@ -132,8 +132,16 @@ class Decoder:
 
     def outer_tensors(self) -> dict[str, torch.Tensor]:
         """The same for everything outside the blocks, tied tensors once."""
+        return {n: self._read(n) for n in self._outer()}
+
+    def outer_size(self) -> int:
+        """How many numbers those hold."""
+        tensors = self.model.state_dict()
+        return sum(tensors[name].numel() for name in self._outer())
+
+    def _outer(self) -> list[str]:
         names = [n for n in self.model.state_dict() if not n.startswith(self.prefix + ".")]
-        return {n: self._read(n) for n in names if n not in self._tied and self._has(n)}
+        return [n for n in names if n not in self._tied and self._has(n)]
 
     def _has(self, name: str) -> bool:
         return name in (self._stored if self._converted is None else self._converted)

@@ -14,11 +14,37 @@ import torch.distributed as dist
 
 from harness.errors import UserError
 
+_joined = False
+
+
+def join(device: str) -> str:
+    """Make the process group that the environment describes; returns its backend."""
+    global _joined
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend)
+    _joined = True
+    return backend
+
+
+def leave() -> None:
+    """Take down the group that :func:`join` made, if any. Others' stay: vLLM makes one too, and
+    takes it down itself."""
+    global _joined
+    if _joined and dist.is_initialized():
+        dist.destroy_process_group()
+    _joined = False
+
+
+def gather() -> None:
+    """Wait until all ranks of that group are here."""
+    if _joined and dist.is_initialized():
+        dist.barrier()
+
 
 def start(device: str) -> str:
     """Join the launcher's process group, if there is one; returns this rank's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        join(device)
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
@@ -35,11 +61,10 @@ def group():
     before = dist.is_initialized()
     try:
         yield
-        if dist.is_initialized():
-            dist.barrier()
+        gather()
     finally:
-        if dist.is_initialized() and not before:
-            dist.destroy_process_group()
+        if not before:
+            leave()
 
 
 def rank() -> int:

@@ -75,7 +75,7 @@ def print_plan(
         total_disk += disk * count
         total_time += seconds * count
         peak = max(peak, memory)
-    outer = sum(p.numel() for n, p in decoder.model.named_parameters() if decoder.prefix not in n)
+    outer = decoder.outer_size()
     total_disk += outer * item / 1e6
     print(
         f"in all: at most about {peak + outer * item / 1e9:.2f} GB of memory, {total_disk:.1f} MB "

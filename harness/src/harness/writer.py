@@ -49,8 +49,8 @@ def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> d
 
 
 def model_files(folder: Path) -> dict[str, str]:
-    """Weight files and config.json by name: size and a hash of the first and last mebibyte (whole
-    files of a large model take minutes to hash)."""
+    """Weight files and config.json by name: size and a hash of 4 MiB from all over the file, which
+    a fine-tune of a few layers changes too (whole files of a large model take minutes to hash)."""
     files = sorted([*checkpoint.Weights(folder).files(), "config.json"])
     return {name: _sample_hash(folder / name) for name in files}
 
@@ -65,12 +65,13 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _sample_hash(path: Path, part: int = 2**20) -> str:
-    size = path.stat().st_size
+def _sample_hash(path: Path, pieces: int = 256, part: int = 2**14) -> str:
+    size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        head = file.read(part)
-        file.seek(max(part, size - part))
-        return f"{size}:{_sha(head + file.read())}"
+        for number in range(pieces):
+            file.seek(max(0, size - part) * number // (pieces - 1))
+            digest.update(file.read(part))
+    return f"{size}:{digest.hexdigest()[:16]}"
 
 
 class Writer:
@@ -108,7 +109,8 @@ class Writer:
             self._forget()
         if self.identity_file.is_file() and any(self.partial.glob("model-*.safetensors")):
             before = self._read_state()
-            refuse_other_run(self.partial, before, identity)
+            begun = {part: value for part, value in before.items() if part != "log"}
+            refuse_other_run(self.partial, begun, identity)
             self.state = before
         else:
             self._forget()
@@ -211,8 +213,9 @@ class Writer:
 def refuse_other_run(partial: Path, old: dict, new: dict) -> None:
     """Raise :class:`UserError` unless identity ``new`` is the one that began ``partial``, ``old``;
     the message names what differs."""
-    for part, values in json.loads(json.dumps(new)).items():
-        before = old.get(part)
+    new = json.loads(json.dumps(new))
+    for part in {**new, **old}:
+        before, values = old.get(part), new.get(part)
         if before == values:
             continue
         where = part
@@ -237,14 +240,34 @@ def put_in_place(made: Path, out: Path, overwrite: bool) -> Path:
     return replaced
 
 
+def check_place(path: Path, flag: str = "--out") -> None:
+    """Raise :class:`UserError` where ``path``, of this flag, cannot be made."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{path}: {there} is a file, no folder; choose another {flag}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {there} is not writable; choose another {flag}.")
+
+
 def check_out(out: Path, overwrite: bool) -> None:
     """Raise :class:`UserError` unless ``out`` may be made: not there, or ours to replace."""
+    check_place(out)
     if not out.exists():
         return
     if not overwrite:
+        _sweep(out)
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
     if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
         raise UserError(f"{out} is not a checkpoint folder; --overwrite will not delete it.")
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a run leaves beside its finished result where it is killed before it has."""
+    beside = [out.with_name(out.name + end) for end in (".side.partial", ".partial.replaced")]
+    if not out.with_name(out.name + ".partial").exists():
+        out.with_name(out.name + ".partial.json").unlink(missing_ok=True)
+        for folder in beside:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_side_files(source: Path, target: Path) -> None:

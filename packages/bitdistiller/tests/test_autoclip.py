@@ -15,7 +15,7 @@ from harness.normal_float import nearest as nearest_level
 from harness.stages import get_matrix, linears
 from safetensors.torch import load_file
 
-from harness import checkpoint, data, perplexity
+from harness import checkpoint, data, engine, perplexity
 from harness import decoder as decoder_module
 
 SETTINGS = {"n_samples": 5, "seqlen": 24, "q_group_size": 16}
@@ -100,14 +100,19 @@ def test_ranges_are_those_of_the_inputs_that_the_result_itself_gives(family, kin
     assert clipped >= 6  # all but the attention's inputs
 
 
-@pytest.mark.parametrize("kind", ["int", "nf3"])
+@pytest.mark.parametrize(
+    ("kind", "stored"), [("int", torch.bfloat16), ("nf3", torch.bfloat16), ("int", torch.float16)]
+)
 @torch.no_grad()
-def test_training_starts_at_the_clipped_checkpoint(kind, tmp_path):
-    model, text = make("llama", tmp_path, dtype=torch.bfloat16, num_hidden_layers=2)
+def test_training_starts_at_the_clipped_checkpoint(kind, stored, tmp_path, capsys):
+    model, text = make("llama", tmp_path, dtype=stored, num_hidden_layers=2)
     clip(model, text, out=tmp_path / "out", quant_type=kind, **SETTINGS)
     grid = make_grid(None, 16, kind)
     ranges = clips.read(tmp_path / "out", Path(model), grid)
-    built = student.build(checkpoint.load_model(model), grid, ranges=ranges)
+    told = "stored in torch.float16, computed in torch.bfloat16, as training will"
+    assert (told in capsys.readouterr().err) == (stored == torch.float16)
+    dense = checkpoint.load_model(model, dtype=engine.compute_dtype("auto", Path(model)))
+    built = student.build(dense, grid, ranges=ranges)
     tokens = families.windows(2)
     rounded = checkpoint.load_model(tmp_path / "out")
     assert torch.equal(built(tokens).logits, rounded(tokens).logits)

@@ -80,6 +80,10 @@ WORDS = {
         ["model", "text.txt", *QUICK, "--dump_clip", "clip.pt"],
         "--dump_clip clip.pt: expected a name that ends in .safetensors",
     ),
+    "dump under a file": (
+        ["model", "text.txt", *QUICK, "--dump_clip", "text.txt/clip.safetensors"],
+        "text.txt is a file, no folder; choose another --dump_clip",
+    ),
     "dump in the way": (
         ["model", "text.txt", *QUICK, "--dump_clip", "clipped/clip.safetensors"],
         "clipped/clip.safetensors exists; choose another --dump_clip",
@@ -165,6 +169,24 @@ def test_clip_files(case, place):
     with pytest.raises(UserError, match=message) as raised:
         clips.read(path, Path(model), grid)
     assert "\n" not in str(raised.value)
+
+
+def test_a_range_with_one_end(place):
+    path = place / "clipped" / clips.FILE
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.down_proj.high"]
+    save_file(tensors, path, metadata=clips.note(Path("model"), Grid(2, 16)))
+    with pytest.raises(UserError, match="damaged: some group has one end only"):
+        clips.read(path, Path("model"), Grid(2, 16))
+
+
+def test_a_dump_that_cannot_be_written_is_said_when_all_else_is_done(place, capsys, monkeypatch):
+    monkeypatch.setattr("harness.writer.check_place", lambda *words: None)
+    words = ["model", "text.txt", *QUICK, "--dump_clip", "text.txt/it.safetensors", "--out", "out"]
+    assert main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "out is complete, but text.txt/it.safetensors could not be written (File exists" in line
+    assert (place / "out" / clips.FILE).is_file()
 
 
 def test_type_is_told_apart_at_equal_bits(place):

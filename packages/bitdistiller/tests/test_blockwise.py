@@ -1,6 +1,7 @@
 """Block-AP: against plain autograd, against rounding, resumed, refused."""
 
 import math
+import re
 from pathlib import Path
 
 import families
@@ -152,6 +153,9 @@ def test_refusals(inputs, tmp_path, capsys, monkeypatch):
     assert "--val_size is 0" in refused("--val_size", "0")
     assert "bitdistiller.autoclip" in refused("--clip", str(tmp_path / "nothing"))
     assert "--weight_lr is -1.0" in refused("--weight-lr", "-1")
+    # Windows that are held out are not what --nsamples asks for.
+    counted = re.search(r"use --nsamples (\d+)", refused("--nsamples", "9999"))[1]
+    assert run(inputs, tmp_path / "out", "--nsamples", counted, "--dry-run") == 0
     huge = plain(inputs[0])
     huge.model.layers[0].mlp.down_proj.weight.data *= 1e25
     huge.save_pretrained(tmp_path / "huge")

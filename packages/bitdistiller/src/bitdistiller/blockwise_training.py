@@ -29,6 +29,7 @@ from harness.stages import linears
 from torch import nn
 
 from bitdistiller import clips, result, student
+from bitdistiller.clipping import choose_dtype
 from bitdistiller.quantizer import FakeQuantLinear
 from harness import checkpoint, data, memory, preflight, sequential, writer
 
@@ -104,8 +105,8 @@ def train_blocks(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("blocks are trained by one process; start it without torchrun.")
     folder, out = checkpoint.resolve(model), Path(out)
-    torch_dtype = None if dtype == "auto" else checkpoint.parse_dtype(dtype)
-    decoder = Decoder(folder, device=checkpoint.pick_device(device), dtype=torch_dtype)
+    device = checkpoint.pick_device(device)
+    decoder = Decoder(folder, device=device, dtype=choose_dtype(dtype, folder))
     preflight.check(decoder, grid, "dense", out)
     ranges = None if clip is None else clips.read(clip, folder, grid)
     settings = {
@@ -122,7 +123,7 @@ def train_blocks(
     seqlen = window_length(decoder.config, seqlen)
     windows = data.calibration(
         checkpoint.load_tokenizer(folder), dataset, nsamples=nsamples + val_size, seqlen=seqlen,
-        seed=seed,
+        seed=seed, held_out=val_size,
     )  # fmt: skip
     plan = Plan(grid, ranges, epochs, batch_size, quant_lr, weight_lr, val_size)
     if dry_run:

@@ -8,6 +8,7 @@ code: their errors meet in a product, and the output of the linear alone tells t
 import os
 import re
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from harness.perplexity import window_length
 
 from bitdistiller import clips
 from bitdistiller.clip_search import clamp, full_range, output_energy, search, work
-from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
+from harness import checkpoint, data, distributed, engine, formats, preflight, sequential, writer
 
 UNCLIPPED = re.compile(r"\b[qk]_|query|key|qkv|c_attn")
 SEQLEN = 1024
@@ -75,8 +76,7 @@ def clip(
     dump_clip = _check_dump(dump_clip, overwrite)
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
-    torch_dtype = None if dtype == "auto" else checkpoint.parse_dtype(dtype)
-    decoder = Decoder(folder, device=device, dtype=torch_dtype)
+    decoder = Decoder(folder, device=device, dtype=choose_dtype(dtype, folder))
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
     if not dry_run:
@@ -126,6 +126,16 @@ def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float
     )
 
 
+def choose_dtype(dtype: str, folder: Path) -> torch.dtype:
+    """--dtype, where auto is what training takes, so that it starts from these very values."""
+    name = engine.compute_dtype(dtype, folder) if dtype == "auto" else dtype
+    stored = checkpoint.Weights(folder).dtype
+    chosen = checkpoint.parse_dtype(name)
+    if dtype == "auto" and chosen != stored:
+        distributed.say(f"stored in {stored}, computed in {chosen}, as training will (see --dtype)")
+    return chosen
+
+
 def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | NormalFloat:
     """The grid that these three describe; ``w_bit`` None is 2, or NormalFloat's own.
 
@@ -160,18 +170,23 @@ def _check_dump(path: str | Path | None, overwrite: bool) -> Path | None:
         raise UserError(f"--dump_clip {path}: expected a name that ends in .safetensors.")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --dump_clip, or replace it: --overwrite.")
+    writer.check_place(path, "--dump_clip")
     return path
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(target.name + ".tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, beside)
         os.replace(beside, target)
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise writer.disk_error(target, error) from error
+        with suppress(OSError):
+            beside.unlink()
+        raise UserError(
+            f"{source.parent} is complete, but {target} could not be written ({error.strerror}); "
+            f"copy {source} there yourself."
+        ) from error
 
 
 class GroupMoments:

@@ -81,5 +81,7 @@ def read(
                 f"{path} belongs to another model than {model_folder}: {name} differs; run python "
                 "-m bitdistiller.autoclip on this one."
             )
-    linears = (name.removesuffix(".low") for name in tensors if name.endswith(".low"))
+    linears = {name.rpartition(".")[0] for name in tensors}
+    if set(tensors) != {f"{name}.{end}" for name in linears for end in ("low", "high")}:
+        raise UserError(f"{path} is damaged: some group has one end only. Run autoclip again.")
     return {name: (tensors[f"{name}.low"], tensors[f"{name}.high"]) for name in linears}

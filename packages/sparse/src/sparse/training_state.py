@@ -38,7 +38,8 @@ class Store:
         writer.check_out(self.out, overwrite)
         if resume and self.file.is_file():
             record = json.loads(self.file.read_text())
-            writer.refuse_other_run(self.partial, record, self.identity)
+            begun = {part: v for part, v in record.items() if part not in ("state", "progress")}
+            writer.refuse_other_run(self.partial, begun, self.identity)
             if (self.partial / record.get("state", "")).is_file():
                 return record
         self.forget()
