@@ -111,6 +111,31 @@ def test_missing_columns_are_named_with_their_line(tmp_path):
         example_sets.pairs(file, "train")
 
 
+def test_a_value_that_is_no_text_is_shown(tmp_path):
+    for value, shown in ((5, "5"), (None, "None")):
+        file = write(tmp_path / "rows.jsonl", [{"prompt": "a", "response": value}])
+        with pytest.raises(UserError, match=rf"prompt, response \({shown} is no text\); expected"):
+            example_sets.pairs(file, "train")
+        with pytest.raises(UserError, match=rf"response \({shown} is no text\); expected"):
+            example_sets.pairs(file, "train", generated=True)
+
+
+def test_a_set_alone_is_not_dealt(tokenizer, tmp_path):
+    rows = [pair(f"p{i}", "r") for i in range(30)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    for split, count in (("train", 28), ("validation", 1)):
+        assert example_sets.pairs(file, split, alone=True) == rows
+        assert len(example_sets.pairs(file, split)) == count
+    (tmp_path / "texts").mkdir()
+    for name, letter in (("train", "a"), ("valid", "b")):
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"{letter} " * 300)
+    for part, letter in (("train", "a"), ("validation", "b")):
+        found = example_sets.windows(
+            tokenizer, str(tmp_path / "texts"), length=16, part=part, alone=True
+        )
+        assert len(found) == 600 // 16 and letter in tokenizer.decode(found[0][0])
+
+
 def test_generated_responses_are_the_models_not_the_humans(tmp_path):
     (tmp_path / "set").mkdir()
     row = {"prompt": "p", "output": "human", "gen_answer": "model"}

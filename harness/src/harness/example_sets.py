@@ -56,7 +56,9 @@ def sample(found: list, limit: int | None) -> list:
     return [found[i] for i in sorted(random.Random(0).sample(range(len(found)), limit))]
 
 
-def pairs(dataset: str, split: str, generated: bool = False) -> list[dict[str, str]]:
+def pairs(
+    dataset: str, split: str, generated: bool = False, *, alone: bool = False
+) -> list[dict[str, str]]:
     """`[{"prompt", "response"}, ...]` of split "train" or "validation".
 
     dolly, alpaca, stdlib-doc, or a local table or folder: columns prompt and response, or the
@@ -65,6 +67,8 @@ def pairs(dataset: str, split: str, generated: bool = False) -> list[dict[str, s
 
     Args:
         generated: only what a model wrote counts as a response (sequence-level distillation).
+        alone: nothing else is taken from there: a file, or a folder whose names tell no split, is
+            not dealt into parts.
 
     Raises:
         UserError: no such set, or a row that lacks a column, by its line.
@@ -82,11 +86,11 @@ def pairs(dataset: str, split: str, generated: bool = False) -> list[dict[str, s
         for path in chosen
         for number, row in enumerate(files.rows(path), 1)
     ]
-    return found if own else instruct.deal(found, split)
+    return found if own or alone else instruct.deal(found, split)
 
 
 def _pair(row: dict, path: Path, number: int, generated: bool) -> dict[str, str]:
-    keys = ", ".join(map(str, row)) or "nothing"
+    keys = ", ".join(_shown(*column) for column in row.items()) or "nothing"
     if generated:
         written = next((row[key] for key in GENERATED if isinstance(row.get(key), str)), None)
         if written is None or not isinstance(row.get("prompt"), str):
@@ -102,6 +106,10 @@ def _pair(row: dict, path: Path, number: int, generated: bool) -> dict[str, str]
     if pair is None:
         raise UserError(f"{path}, line {files.line_of(path, number)}: {keys}; {EXPECTED}.")
     return pair
+
+
+def _shown(name, value) -> str:
+    return f"{name}" if isinstance(value, str) else f"{name} ({value!r:.20} is no text)"
 
 
 def encode(tokenizer, prompts: list[str], responses: list[str]) -> Iterator[tuple[list, list]]:
@@ -219,7 +227,13 @@ def examples(
 
 
 def windows(
-    tokenizer, dataset: str, *, length: int, limit: int | None = None, part: str | None = None
+    tokenizer,
+    dataset: str,
+    *,
+    length: int,
+    limit: int | None = None,
+    part: str | None = None,
+    alone: bool = False,
 ) -> Examples:
     """A plain text, the train split, as windows of ``length`` tokens with every token predicted but
     the first.
@@ -229,11 +243,15 @@ def windows(
         part: "train" or "validation": two disjoint parts. Validation is a twentieth of the windows,
             1 to HELD_OUT, drawn at random; of stdlib it is drawn from the calibration split, which
             the embedded models were not trained on. None: all.
+        alone: nothing else is taken from there: a local text is not dealt into parts.
 
     Raises:
         UserError: no such text, or less than a window of it.
     """
-    text = _text(dataset, part, length, limit)
+    if alone and dataset not in data.DATASETS:
+        text, part = data.corpus_text(dataset, part), "whole"
+    else:
+        text = _text(dataset, part, length, limit)
 
     def rows(counts: Counts):
         ids = tokenizer(text, verbose=False)["input_ids"]
@@ -269,6 +287,8 @@ def _text(dataset: str, part: str | None, length: int, limit: int | None) -> str
 
 
 def _part(starts: list[int], part: str, dataset: str) -> list[int]:
+    if part == "whole":
+        return starts
     held = sample(
         starts, HELD_OUT if dataset == "stdlib" else max(1, min(HELD_OUT, len(starts) // 20))
     )
