@@ -45,6 +45,8 @@ def test_packed_logits_are_those_of_the_student(bits, size, dtype, tmp_path, cap
     assert ("vLLM" in printed) == (bits == 4) and "transformers" in printed
     steps = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["steps"]
     assert [step["method"] for step in steps] == ["test", "export"]
+    # The dense model, as the result's own log names it.
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---\nbase_model: x\n")
 
 
 @pytest.mark.parametrize("bits, size", [(2, 64), (3, 128)])

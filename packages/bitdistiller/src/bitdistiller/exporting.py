@@ -6,7 +6,7 @@ import torch
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.plan import print_plan
-from harness.sequential import Method, Update
+from harness.sequential import LOG, Method, Update
 
 from bitdistiller import result
 from harness import card, checkpoint, preflight, sequential, writer
@@ -58,12 +58,19 @@ def export(
         return []
     writer.check_out(out, overwrite)
     rows = sequential.compress(
-        decoder, method, out, base=str(folder), command=command, overwrite=overwrite, resume=resume
-    )
+        decoder, method, out, base=_base(folder), command=command, overwrite=overwrite,
+        resume=resume,
+    )  # fmt: skip
     bits = 8 * sum(row["bytes"] for row in rows) / sum(row["weights"] for row in rows)
     print(f"written to {out}: {bits:.2f} bits per weight of the quantized linears")
     print(f"read by: {card.readers(layout, grids.grid, decoder.config)}")
     return rows
+
+
+def _base(folder: Path) -> str:
+    """The dense model that the result was made from, as its own log names it."""
+    log = folder / LOG
+    return checkpoint.read_json(log).get("base", str(folder)) if log.is_file() else str(folder)
 
 
 def _update(grids: result.Grids, layout: str):
