@@ -1,6 +1,8 @@
 """Quantization-aware training against a plain loop, and the file that is the model."""
 
 import json
+import re
+from functools import partial
 
 import families
 import pytest
@@ -11,7 +13,16 @@ from bitdistiller import autoclip, cache_teacher, result, student
 from harness.grid import Grid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import batching, checkpoint, data, engine, example_sets, perplexity, validation
+from harness import (
+    batching,
+    checkpoint,
+    data,
+    engine,
+    example_sets,
+    perplexity,
+    validation,
+    writer,
+)
 
 GRID = Grid(2, 16)
 
@@ -157,6 +168,35 @@ def test_scales_alone_go_on_from_a_result(place, tmp_path):
     assert all(torch.equal(old[name], new[name]) for name in old if "norm" in name)
 
 
+@pytest.mark.parametrize("flag", ["--clip", "--start", "--teacher_cache"])
+def test_a_killed_run_is_not_gone_on_with_by_another(
+    place, clipped, tmp_path, monkeypatch, capsys, flag
+):
+    """Whether the flag was there then, or is now."""
+    words = [place / "model", "--data", place / "set.jsonl", "--out", tmp_path / "cache4"]
+    words += ["--topk", 4, "--model_max_length", 32]
+    assert cache_teacher.main([str(word) for word in words]) == 0
+    result_of = qat.run(place, tmp_path / "first", steps=1)
+    paths = {"--clip": clipped, "--start": result_of, "--teacher_cache": tmp_path / "cache4"}
+    learn = ["--learn", "all" if flag == "--start" else "weights"]
+    given = [*learn, flag, paths[flag]]
+    real = engine.train_step
+
+    def stop(running, plan, step, *rest):
+        if step == 1:
+            raise KeyboardInterrupt
+        return real(running, plan, step, *rest)
+
+    for name, before, now in (("with", given, learn), ("without", learn, given)):
+        out = tmp_path / name
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "train_step", stop)
+            qat.run(place, out, "--save_steps", 1, *before, code=130)
+        capsys.readouterr()
+        qat.run(place, out, "--save_steps", 1, *now, code=2)
+        assert f"was begun by another run ({flag[2:]}" in capsys.readouterr().err
+
+
 def test_accumulated_micro_batches_are_one_batch(place, tmp_path):
     one = qat.run(place, tmp_path / "one", "--per_device_train_batch_size", 2,
                   "--gradient_accumulation_steps", 4)  # fmt: skip
@@ -213,6 +253,58 @@ def test_a_text_and_the_originals_rows(place, tmp_path, capsys):
     assert qat.looks(text)[-1]["tokens"] == 8 * 32
 
 
+def test_a_set_is_dealt_only_where_it_serves_for_both(place, tmp_path, capsys):
+    rows = (place / "set.jsonl").read_text().splitlines()[:30]
+    (place / "few.jsonl").write_text("\n".join(rows))
+    (place / "one.jsonl").write_text(rows[0])
+    both = ["--data", place / "one.jsonl", "--eval_data", place / "one.jsonl"]
+    for words, trained, held in (
+        ([], 54, 3),
+        (["--eval_data", place / "few.jsonl"], 60, 30),
+        (["--ppl", place / "text.txt", "--ppl_limit", 4], 60, None),
+        (both, 1, 1),
+    ):
+        qat.run(place, tmp_path / "out", "--dry-run", *words)
+        said = capsys.readouterr().err
+        assert f"train: {trained} examples" in said
+        assert f"validation: {held} examples" in said or held is None
+    qat.run(place, tmp_path / "out", "--dry-run", "--eval_data", place / "text.txt")
+    whole = capsys.readouterr().err
+    qat.run(place, tmp_path / "out", "--dry-run", data="text.txt")
+    counts = [
+        int(re.search(rf"text.txt, {part}: (\d+) windows", said)[1])
+        for part, said in zip(("whole", "train"), (whole, capsys.readouterr().err), strict=True)
+    ]
+    assert counts[0] == counts[1] + 1
+
+
+def test_the_card_shows_what_counted(place, tmp_path):
+    out = qat.run(place, tmp_path / "out", "--dtype", "bfloat16", "--beta", 0.5, steps=1)
+    card = (out / "README.md").read_text()
+    assert "| max_steps | 1 |" in card and "| dtype | bfloat16 |" in card
+    for name in ("num_train_epochs", "bf16", "cakld_steps", "train_kd"):
+        assert f"| {name} " not in card, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dry_run_tells_the_disk_that_the_run_takes(place, tmp_path, monkeypatch, capsys, dtype):
+    words = ["--save_steps", 1, "--eval_steps", 1, "--train_kd", "False", "--dtype", dtype]
+    run = partial(qat.run, place, tmp_path / "out", *words, model=checkpoint.ASSETS / "tiny-llama")
+    run("--dry-run")
+    told = float(re.search(r"while it runs ([\d.]+) MB", capsys.readouterr().out)[1])
+    sizes = []
+    real = writer.write_text
+
+    def spy(path, text):
+        found = (tmp_path / "out.partial").rglob("*")
+        sizes.append(sum(p.stat().st_size for p in found if p.is_file()) / 1e6)
+        real(path, text)
+
+    monkeypatch.setattr(writer, "write_text", spy)
+    run()
+    assert 0.95 * told < max(sizes) < 1.05 * told
+
+
 def test_cross_entropy_needs_no_teacher(place, tmp_path, monkeypatch):
     loaded = []
     real = checkpoint.load_model
@@ -228,7 +320,10 @@ def test_a_cache_of_all_tokens_is_the_teacher(place, tmp_path, monkeypatch):
     words += [tmp_path / "cache", "--model_max_length", 32]
     assert cache_teacher.main([str(word) for word in words]) == 0
     looked = ["--ppl", place / "text.txt", "--ppl_limit", 4]
-    live = qat.run(place, tmp_path / "live", *looked)
+    # The cache leaves out the rows held out; a run that looks elsewhere would train on them too.
+    rows = example_sets.pairs(str(place / "set.jsonl"), "train")
+    (place / "part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    live = qat.run(place, tmp_path / "live", *looked, data="part.jsonl")
     kept = qat.run(place, tmp_path / "kept", *looked, "--teacher-cache", tmp_path / "cache")
     assert qat.looks(kept)[-1] == pytest.approx(qat.looks(live)[-1], rel=1e-2)
     betas = [qat.log(out)["settings"]["beta"] for out in (live, kept)]

@@ -7,7 +7,9 @@ import families
 import pytest
 import qat_place as qat
 import runs
-from bitdistiller import train
+from bitdistiller import material, train
+from harness.grid import Grid
+from safetensors.torch import load_file, save_file
 
 from harness import checkpoint
 
@@ -23,8 +25,8 @@ def here(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def refused(capsys, *words):
-    words = ["model", "--data", "set.jsonl", *qat.QUICK, *words]
+def refused(capsys, *words, model="model"):
+    words = [model, "--data", "set.jsonl", *qat.QUICK, *words]
     line = runs.refused(capsys, train.main, *map(str, words))
     assert not list(checkpoint.Path(".").glob("out*"))
     return line
@@ -48,7 +50,16 @@ def refused(capsys, *words):
         (["--kd_loss_type", "ce", "--teacher_cache", "x"], "leave --teacher_cache out"),
         (["--teacher_cache", "nowhere"], "nowhere holds no cache.json"),
         (["--model_max_length", "65"], "--model_max_length 65: expected 2 to 64 tokens"),
+        (["--model_max_length", "0"], "--model_max_length 0: expected 2 to 64 tokens"),
         (["--num_train_epochs", "0"], "--num_train_epochs 0.0: expected a number above 0"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs inf: expected a number above 0"),
+        (["--warmup_steps", "-1"], "--warmup_steps -1: expected 0 or more"),
+        (["--weight_decay", "nan"], "--weight_decay nan: expected 0 or more"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm -1.0: expected 0 or more"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan: expected 0 or more"),
+        (["--beta", ".5", "--kd_loss_type", "jsd"], "jsd has no beta"),
+        (["--ppl_limit", "4"], "--ppl_limit counts windows of --ppl"),
+        (["--ppl", "text.txt", "--eval_data", "set.jsonl"], "--ppl and --eval_data"),
         (["--learning_rate", "-1"], "learning rate -1"),
         (["--per_device_train_batch_size", "0"], "micro batch 0: at least 1"),
         (["--model_name_or_path", "model"], "give one of the two"),
@@ -99,6 +110,75 @@ def test_a_clip_file_of_another_model(place, capsys):
     assert "was searched for bits 2, asked for is 3" in refused(
         capsys, "--clip", "clipped", "--bits", 3
     )
+
+
+def damaged(place, change):
+    """clip.safetensors of the model in bad.safetensors, with the ranges of one linear changed."""
+    from bitdistiller import autoclip, clips
+
+    from harness import writer
+
+    if not (place / "own").exists():
+        words = ["model", "text.txt", "--w_bit", "2", "--q_group_size", "16", "--n_samples", "4"]
+        assert autoclip.main([*words, "--seqlen", "16", "--out", "own", "--format", "dense"]) == 0
+    tensors = load_file("own/clip.safetensors")
+    key = "model.layers.1.mlp.up_proj.low"
+    tensors[key] = change(tensors[key])
+    note = clips.note(place / "model", Grid(2, 16))
+    writer.save_tensors(place / "bad.safetensors", tensors, note)
+
+
+@pytest.fixture
+def nothing_read(monkeypatch):
+    """Data is not looked at: it may take an hour."""
+    monkeypatch.setattr(material, "read", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda low: low[:, :1], "have shape [48, 1]; [48, 2] is expected"),
+        (lambda low: low * float("nan"), "up_proj are damaged (not finite"),
+        (lambda low: low + 9, "the low end above the high one"),
+    ],
+)
+def test_damaged_clip_files_are_refused_before_data_is_read(
+    place, capsys, nothing_read, change, message
+):
+    damaged(place, change)
+    for dry in ([], ["--dry-run"]):
+        line = refused(capsys, "--clip", "bad.safetensors", *dry)
+        assert message in line and "clip ranges of model.layers.1.mlp.up_proj" in line
+
+
+def test_what_the_student_cannot_be_is_refused_before_data_is_read(
+    place, tmp_path, capsys, monkeypatch
+):
+    trained = qat.run(place, tmp_path / "trained", steps=1)
+    damaged(place, lambda low: low)
+    families.save("llama", place / "wide", tokenizer=True, num_hidden_layers=2, hidden_size=64)
+    monkeypatch.setattr(material, "read", None)
+    begun = ["--start", trained]
+    for words, message in (
+        (["--quant_type", "nf3", "--learn", "all"], "no scales to learn"),
+        ([*begun, "--clip", "bad.safetensors"], "give it without clip ranges"),
+        (["--start", "nosuch"], "nosuch holds no grid.safetensors"),
+        ([*begun, "--learn", "weights"], "learn scales or all"),
+        ([*begun, "--bits", 3], "has 2 bits in groups of 16; asked for are 3"),
+        (["--q_group_size", 100], "divide the input columns of self_attn.q_proj (32), self_attn.k"),
+    ):
+        assert message in refused(capsys, "--dry-run", *words)
+    assert "made from another model" in refused(capsys, *begun, model="wide")
+
+
+def test_bad_weights_leave_nothing(place, tmp_path, capsys):
+    shutil.copytree(place / "model", place / "nan")
+    tensors = load_file("nan/model.safetensors")
+    tensors["model.norm.weight"] *= float("nan")
+    save_file(tensors, "nan/model.safetensors", metadata={"format": "pt"})
+    qat.run(place, tmp_path / "o", "--beta", 0.5, model="nan", code=2)
+    assert "the model's weights are damaged" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_result_is_not_written_over(place, tmp_path, capsys):

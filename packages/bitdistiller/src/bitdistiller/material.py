@@ -14,7 +14,7 @@ LONGEST = 1024
 def length(asked: int | None, config) -> int:
     """--model_max_length, for a model with this transformers config."""
     context = context_length(config)
-    longest = asked or min(LONGEST, context or LONGEST)
+    longest = min(LONGEST, context or LONGEST) if asked is None else asked
     if longest < 2 or (context and longest > context):
         raise UserError(
             f"--model_max_length {longest}: expected 2 to {context or 'any number of'} tokens, the "
@@ -23,8 +23,11 @@ def length(asked: int | None, config) -> int:
     return longest
 
 
-def read(args, tokenizer, longest: int, part: str) -> Examples:
+def read(args, tokenizer, longest: int, part: str, alone: bool = False) -> Examples:
     """Part "train" or "validation" of the flags' data, at most ``longest`` tokens each.
+
+    Args:
+        alone: the data serves for this part alone (`harness.example_sets.pairs`).
 
     Raises:
         UserError: no such data, a row without prompt and response (with its line), nothing left.
@@ -33,9 +36,11 @@ def read(args, tokenizer, longest: int, part: str) -> Examples:
     dataset = args.data if training else args.eval_data or args.data
     limit = args.max_train_samples if training else args.max_eval_samples
     if example_sets.is_text(dataset):
-        return example_sets.windows(tokenizer, dataset, length=longest, limit=limit, part=part)
-    found = example_sets.sample(example_sets.pairs(dataset, part), limit)
-    if not found:
+        return example_sets.windows(
+            tokenizer, dataset, length=longest, limit=limit, part=part, alone=alone
+        )
+    found = example_sets.sample(example_sets.pairs(dataset, part, alone=alone), limit)
+    if not found and not alone:
         raise UserError(f"{dataset} is too small for a part that is held out; give --eval_data.")
     return example_sets.examples(
         tokenizer, found, max_length=longest, max_prompt_length=longest - 1,

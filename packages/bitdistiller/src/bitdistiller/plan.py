@@ -5,20 +5,14 @@ from pathlib import Path
 
 from harness.decoder import Decoder
 from harness.footprint import stored_size
-from harness.grid import Grid
 from harness.stages import get_matrix, linears
 
-from harness import distributed, preflight
+from harness import distributed
 
 
 def show(args, source: Path, grid, training, dtype: str) -> None:
-    """Print the plan of the parsed flags.
-
-    Raises:
-        UserError: the group size divides not all linears.
-    """
+    """Print the plan of the parsed flags."""
     decoder = Decoder(source)
-    preflight.check(decoder, grid if isinstance(grid, Grid) else None, "dense", Path(args.out))
     parameters = stored_size(source, decoder.config).parameters
     shapes = [get_matrix(m).shape for block in decoder.blocks for m in linears(block).values()]
     weights = sum(map(math.prod, shapes))
@@ -26,8 +20,9 @@ def show(args, source: Path, grid, training, dtype: str) -> None:
     ranks = distributed.world_size()
     groups = sum(rows * (columns // grid.columns_per_group(columns)) for rows, columns in shapes)
     trained = {"weights": weights, "scales": groups, "all": weights + 2 * groups}[args.learn]
-    # AdamW's two moments, and a float32 copy where weights are not.
-    states = trained * (8 if item == 4 else 12) / (ranks if training.zero else 1)
+    # AdamW's two moments, and a float32 copy: ZeRO makes one of float32 weights too.
+    optimizer = trained * (12 if training.zero or item == 2 else 8)
+    states = optimizer / (ranks if training.zero else 1)
     gradients = trained * item / (ranks if training.zero > 1 else 1)
     student = parameters * item / (ranks if training.zero > 2 else 1)
     teacher = 0 if args.kd_loss_type == "ce" or args.teacher_cache else parameters * item
@@ -35,7 +30,9 @@ def show(args, source: Path, grid, training, dtype: str) -> None:
         # What the student does not train, it has from the teacher.
         teacher = min(teacher, weights * item)
     memory = (states + gradients + student + teacher) / 1e9
-    running = trained * (12 if item == 4 else 14) + parameters * item
+    best, state = trained * item, trained * item + optimizer
+    # The last state and its best weights, newer ones, and the next state or the result.
+    running = 2 * best + state + max(state, parameters * item)
     print(
         f"{args.kd_loss_type}: {args.model} ({parameters / 1e6:.2f} M parameters, "
         f"{weights / 1e6:.2f} M of them to {grid.bits} bits in groups of {grid.group_size}, "

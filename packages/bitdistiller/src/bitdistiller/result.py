@@ -88,6 +88,11 @@ class Grids:
         keys = self._file.keys()
         self.names = {key.removesuffix(".scale") for key in keys if key.endswith(".scale")}
 
+    def check_codes(self) -> None:
+        """Raise :class:`UserError` for a normal-float result."""
+        if self.grid is None:
+            raise UserError(f"{self.folder} holds {self.kind} values, which have no integer codes.")
+
     def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point [O, G] of linear ``name``, as stored."""
         if name not in self.names:
@@ -123,8 +128,7 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
         UserError: as :class:`Grids`; or a normal-float result, which has no integer codes.
     """
     grids = Grids(folder)
-    if grids.grid is None:
-        raise UserError(f"{folder} holds {grids.kind} values, which have no integer codes.")
+    grids.check_codes()
     model = checkpoint.load_dense(folder, checkpoint.Weights(folder).dtype)
     modules = dict(model.named_modules())
     linears = {name: modules[name] for name in sorted(grids.names) if name in modules}

@@ -45,15 +45,31 @@ def build(
         UserError: the group size divides not all linears, ranges or start do not fit the model, or
             the choices exclude one another.
     """
-    _check_choices(grid, ranges, learn, start)
-    begun = {} if start is None else _begin(model, Path(start), grid)
     found = find_linears(model)
-    for name in found:
-        if start is not None and name not in begun:
-            raise UserError(f"{start} holds no grid of {name}; it was made from another model.")
+    shapes = {name: tuple(get_matrix(module).shape) for name, module in found.items()}
+    check(shapes, grid, ranges=ranges, learn=learn, start=start)
+    begun = {} if start is None else _begin(model, Path(start))
     put_in(model, found, grid, ranges=ranges, learn=learn, begun=begun)
     _mark(model, learn)
     return model
+
+
+def check(
+    shapes: dict[str, tuple[int, int]],
+    grid: Grid,
+    *,
+    ranges: Ranges | None = None,
+    learn: str = "weights",
+    start: Path | None = None,
+) -> None:
+    """Refuse what :func:`build` cannot make of a model whose linears have these ``shapes`` (O, I)
+    by full name, before it is loaded. Arguments and errors are those of :func:`build`."""
+    _check_choices(grid, ranges, learn, start)
+    check_group_size({name: columns for name, (_, columns) in shapes.items()}, grid)
+    if ranges is not None:
+        _check_ranges(shapes, ranges, grid)
+    if start is not None:
+        _check_start(shapes, grid, result.Grids(Path(start)))
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,8 +93,10 @@ def put_in(
 ) -> dict[str, FakeQuantLinear]:
     """Put a :class:`FakeQuantLinear` in the place of each of the linears ``found`` in ``model``;
     they are returned by the same names. Arguments and errors as for :func:`build`."""
-    check_group_size({name: get_matrix(module).shape[1] for name, module in found.items()}, grid)
+    shapes = {name: tuple(get_matrix(module).shape) for name, module in found.items()}
+    check_group_size({name: columns for name, (_, columns) in shapes.items()}, grid)
     if ranges is not None:
+        _check_ranges(shapes, ranges, grid)
         _clamp(found, ranges, grid)
     placed = {}
     for name, module in found.items():
@@ -116,16 +134,42 @@ def _check_choices(grid, ranges, learn: str, start) -> None:
         )
 
 
-@torch.no_grad()
-def _begin(model: nn.Module, start: Path, grid: Grid) -> dict[str, QuantizedWeight]:
-    """Codes and grids of a result folder, whose parameters are put into ``model``."""
-    begun = result.Grids(start)
-    found = begun.grid or grid
+def _check_ranges(shapes: dict[str, tuple[int, int]], ranges: Ranges, grid) -> None:
+    for name, (rows, columns) in shapes.items():
+        if name not in ranges:
+            raise UserError(f"the clip ranges lack {name}; they belong to another model.")
+        low, high = ranges[name]
+        wanted = (rows, columns // grid.columns_per_group(columns))
+        if low.shape != wanted or high.shape != wanted:
+            raise UserError(
+                f"the clip ranges of {name} have shape {list(low.shape)}; {list(wanted)} is "
+                "expected. They belong to another model or group size."
+            )
+        width = high.float() - low.float()
+        if not (width.isfinite() & (width >= 0)).all():
+            raise UserError(
+                f"the clip ranges of {name} are damaged (not finite, or the low end above the "
+                "high one); make them again with python -m bitdistiller.autoclip."
+            )
+
+
+def _check_start(shapes: dict[str, tuple[int, int]], grid, begun: result.Grids) -> None:
+    begun.check_codes()
+    found = begun.grid
     if found != grid:
         raise UserError(
-            f"{start} has {found.bits} bits in groups of {found.group_size}; asked for are "
+            f"{begun.folder} has {found.bits} bits in groups of {found.group_size}; asked for are "
             f"{grid.bits} in groups of {grid.group_size}. Give those flags as it has them."
         )
+    for name, (rows, columns) in shapes.items():
+        scale, _ = begun.read(name)
+        if scale.shape != (rows, columns // grid.columns_per_group(columns)):
+            raise UserError(f"{begun.folder} was made from another model: {name} differs.")
+
+
+@torch.no_grad()
+def _begin(model: nn.Module, start: Path) -> dict[str, QuantizedWeight]:
+    """Codes and grids of a result folder, whose parameters are put into ``model``."""
     other, begun = result.read(start)
     theirs = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
@@ -138,18 +182,9 @@ def _begin(model: nn.Module, start: Path, grid: Grid) -> dict[str, QuantizedWeig
 @torch.no_grad()
 def _clamp(found: dict[str, nn.Module], ranges: Ranges, grid) -> None:
     for name, module in found.items():
-        if name not in ranges:
-            raise UserError(f"the clip ranges lack {name}; they belong to another model.")
-        low, high = ranges[name]
         matrix = get_matrix(module)
         width = grid.columns_per_group(matrix.shape[1])
-        wanted = (len(matrix), matrix.shape[1] // width)
-        if low.shape != wanted or high.shape != wanted:
-            raise UserError(
-                f"the clip ranges of {name} have shape {list(low.shape)}; {list(wanted)} is "
-                "expected. They belong to another model or group size."
-            )
-        low, high = (t.to(matrix)[..., None] for t in (low, high))
+        low, high = (t.to(matrix)[..., None] for t in ranges[name])
         matrix.copy_(matrix.unflatten(1, (-1, width)).clamp(low, high).flatten(1))
 
 

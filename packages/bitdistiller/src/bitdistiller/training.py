@@ -3,11 +3,13 @@
 
 import hashlib
 from collections.abc import Callable
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 
+from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.perplexity import window_length
+from harness.stages import get_matrix
 
 from bitdistiller import clipping, clips, material, objectives, result, student
 from harness import (
@@ -19,6 +21,7 @@ from harness import (
     engine,
     example_sets,
     hidden_loss,
+    preflight,
     teacher_cache,
     trainer,
     validation,
@@ -33,6 +36,13 @@ FREE = (
     "save_steps", "gradient_checkpointing", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
+# Of these the content counts, not the name.
+HASHED = ("clip", "start", "teacher_cache")
+POSITIVE = (
+    "num_train_epochs", "max_steps", "max_train_samples", "max_eval_samples", "cakld_steps",
+    "eval_steps", "save_steps", "ppl_limit", "per_device_eval_batch_size",
+)  # fmt: skip
+NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm")
 
 
 @engine.memory_knobs()
@@ -50,11 +60,13 @@ def train(args) -> dict | None:
     out, source = Path(args.out), checkpoint.resolve(args.model)
     config = checkpoint.load_config(source)
     writer.check_out(out, args.overwrite or args.dry_run)
-    _check_source(source, out)
-    ranges = clips.read(args.clip, source, grid) if args.clip else None
+    _check_source(source)
+    ranges = _ranges(args, source, grid)
     tokenizer = checkpoint.load_tokenizer(source)
     longest = material.length(args.model_max_length, config)
-    examples = material.read(args, tokenizer, longest, "train")
+    # cache_teacher knows nothing of what is looked at: it leaves out the parts held out, always.
+    alone = bool(args.eval_data or args.ppl) and not args.teacher_cache
+    examples = material.read(args, tokenizer, longest, "train", alone)
     look_at = _look_at(args, tokenizer, config, longest)
     sets = [s for s in (examples, look_at) if isinstance(s, example_sets.Examples)]
     example_sets.check_tokens(sets, config)
@@ -134,21 +146,25 @@ def _check(args):
     args.train_on_inputs |= args.original_loss
     if args.kd_loss_type == "ce" and args.teacher_cache:
         raise UserError("--kd_loss_type ce has no teacher; leave --teacher_cache out.")
+    if args.beta is not None and args.kd_loss_type != "cakld":
+        raise UserError(f"--kd_loss_type {args.kd_loss_type} has no beta; leave --beta out.")
     if args.beta is not None and not 0 <= args.beta <= 1:
         raise UserError(f"--beta {args.beta}: expected 0 to 1.")
-    for name in (
-        "num_train_epochs", "max_steps", "max_train_samples", "max_eval_samples", "cakld_steps",
-        "eval_steps", "save_steps", "ppl_limit", "per_device_eval_batch_size",
-    ):  # fmt: skip
+    if args.ppl and args.eval_data:
+        raise UserError("--ppl and --eval_data: a look is at one of the two; leave the other out.")
+    if args.ppl_limit is not None and not args.ppl:
+        raise UserError("--ppl_limit counts windows of --ppl; give --ppl TEXT, or leave it out.")
+    for name in POSITIVE:
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < inf:
             raise UserError(f"--{name} {value}: expected a number above 0.")
+    for name in NOT_NEGATIVE:
+        if not 0 <= getattr(args, name) < inf:
+            raise UserError(f"--{name} {getattr(args, name)}: expected 0 or more.")
     return grid
 
 
-def _check_source(source: Path, out: Path) -> None:
-    if out.exists() and out.samefile(source):
-        raise UserError(f"{out} is the model itself; choose another --out.")
+def _check_source(source: Path) -> None:
     if checkpoint.Weights(source).layout in ("compressed-tensors", "gptq"):
         raise UserError(f"{source} is packed already; give the dense model that it was made from.")
     if (source / result.FILE).is_file():
@@ -158,10 +174,22 @@ def _check_source(source: Path, out: Path) -> None:
         )
 
 
+def _ranges(args, source: Path, grid) -> student.Ranges | None:
+    """Those of --clip; what the student cannot be is refused here, before data is read."""
+    decoder = Decoder(source)
+    preflight.check(decoder, grid, "dense", Path(args.out))
+    ranges = clips.read(args.clip, source, grid) if args.clip else None
+    found = student.find_linears(decoder.model)
+    shapes = {name: tuple(get_matrix(module).shape) for name, module in found.items()}
+    start = Path(args.start) if args.start else None
+    student.check(shapes, grid, ranges=ranges, learn=args.learn, start=start)
+    return ranges
+
+
 def _look_at(args, tokenizer, config, longest: int):
     """What a look is at: --ppl's windows int64 [N, T], or the held-out examples."""
     if not args.ppl:
-        return material.read(args, tokenizer, longest, "validation")
+        return material.read(args, tokenizer, longest, "validation", bool(args.eval_data))
     return data.evaluation(tokenizer, args.ppl, seqlen=window_length(config), limit=args.ppl_limit)
 
 
@@ -235,18 +263,26 @@ def _objective(args, teacher, stored, batches) -> tuple[Callable, float | None]:
 
 
 def _settings(args) -> dict:
-    return {k: v for k, v in vars(args).items() if k not in FREE and v is not None}
+    """The flags that count; what another has replaced does not."""
+    without = {*FREE, "bf16", "train_kd", "num_train_epochs" if args.max_steps else None}
+    if args.kd_loss_type != "cakld" or args.beta is not None:
+        without.add("cakld_steps")
+    if args.ppl:
+        without.add("max_eval_samples")
+    return {k: v for k, v in vars(args).items() if k not in without and v is not None}
 
 
 def _identity(args, source: Path, training, dtype: str, examples, look_at, stored) -> dict:
     settings = _settings(args) | {
         "steps": training.steps, "batch": batching.batch_size(training), "dtype": dtype,
     }  # fmt: skip
-    for name in ("clip", "start", "teacher_cache"):
+    for name in HASHED:
         settings.pop(name, None)
     identity = writer.fingerprint(source, None, settings)
     looked = hashlib.sha256(look_at.numpy()).hexdigest()[:16] if args.ppl else look_at.key
     identity["data"] = {"training": examples.key, "looked at": looked}
+    # None too: a run without them is another run.
+    identity |= dict.fromkeys(HASHED)
     if args.clip:
         identity["clip"] = writer.file_hash(clips.locate(args.clip))
     if args.start:
