@@ -7,6 +7,7 @@ a folder on the way to it, begins so (`train-00000.parquet`, `test/0000.jsonl`, 
 import csv
 import gzip
 import json
+import os
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -157,10 +158,20 @@ def columns(row: dict) -> str:
     return ", ".join(names) or "no columns"
 
 
+def check_place(path: Path, flag: str = "--out") -> None:
+    """Raise :class:`UserError` where ``path``, of this flag, cannot be made."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{path}: {there} is a file, no folder; choose another {flag}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {there} is not writable; choose another {flag}.")
+
+
 def check_new(out: Path, replace: bool) -> None:
     """Raise :class:`UserError` unless the file ``out`` of JSON lines may be written."""
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: expected a name in .jsonl, by which other commands read it.")
+    check_place(out)
     if out.is_dir() or (out.exists() and not replace):
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from harness import batching, card, distributed, example_sets, teacher_cache, writer
+from harness import batching, card, distributed, example_sets, files, teacher_cache, writer
 from harness.errors import UserError
 from harness.progress import track
 from harness.validation import inputs_of
@@ -21,6 +21,7 @@ from harness.validation import inputs_of
 
 def check(out: Path, overwrite: bool, batch: int) -> None:
     """Raise :class:`UserError` unless ``out`` may be made, ``batch`` examples at a time."""
+    files.check_place(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
     if out.exists() and not (out / teacher_cache.NOTE).is_file():
@@ -69,9 +70,9 @@ def cache(
     if dry_run:
         print(f"{len(edges) - 1} shards -> {out}")
         return None
-    files = writer.model_files(source)
+    teacher_files = writer.model_files(source)
     note = {
-        "teacher": teacher, "teacher_files": files, "command": card.command_line(),
+        "teacher": teacher, "teacher_files": teacher_files, "command": card.command_line(),
         "data": data, "top_k": top_k, "vocabulary": vocabulary, "labels": labels,
         "examples": len(examples), "bytes_per_label": width, "edges": edges,
         "content": teacher_cache.content(examples),

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from harness import __version__, bitmask, checkpoint, formats
+from harness import __version__, bitmask, checkpoint, files, formats
 from harness.errors import UserError
 
 VERSIONS = ("torch", "transformers", "compressed-tensors")
@@ -51,8 +51,8 @@ def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> d
 def model_files(folder: Path) -> dict[str, str]:
     """Weight files and config.json by name: size and a hash of 4 MiB from all over the file, which
     a fine-tune of a few layers changes too (whole files of a large model take minutes to hash)."""
-    files = sorted([*checkpoint.Weights(folder).files(), "config.json"])
-    return {name: _sample_hash(folder / name) for name in files}
+    names = sorted([*checkpoint.Weights(folder).files(), "config.json"])
+    return {name: _sample_hash(folder / name) for name in names}
 
 
 def _sha(data: bytes) -> str:
@@ -240,18 +240,9 @@ def put_in_place(made: Path, out: Path, overwrite: bool) -> Path:
     return replaced
 
 
-def check_place(path: Path, flag: str = "--out") -> None:
-    """Raise :class:`UserError` where ``path``, of this flag, cannot be made."""
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if not there.is_dir():
-        raise UserError(f"{path}: {there} is a file, no folder; choose another {flag}.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: {there} is not writable; choose another {flag}.")
-
-
 def check_out(out: Path, overwrite: bool) -> None:
     """Raise :class:`UserError` unless ``out`` may be made: not there, or ours to replace."""
-    check_place(out)
+    files.check_place(out)
     if not out.exists():
         return
     if not overwrite:

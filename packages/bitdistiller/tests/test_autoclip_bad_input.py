@@ -181,7 +181,7 @@ def test_a_range_with_one_end(place):
 
 
 def test_a_dump_that_cannot_be_written_is_said_when_all_else_is_done(place, capsys, monkeypatch):
-    monkeypatch.setattr("harness.writer.check_place", lambda *words: None)
+    monkeypatch.setattr("harness.files.check_place", lambda *words: None)
     words = ["model", "text.txt", *QUICK, "--dump_clip", "text.txt/it.safetensors", "--out", "out"]
     assert main(words) == 2
     line = capsys.readouterr().err.splitlines()[-1]

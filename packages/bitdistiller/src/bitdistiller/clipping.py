@@ -23,7 +23,17 @@ from harness.perplexity import window_length
 
 from bitdistiller import clips
 from bitdistiller.clip_search import clamp, full_range, output_energy, search, work
-from harness import checkpoint, data, distributed, engine, formats, preflight, sequential, writer
+from harness import (
+    checkpoint,
+    data,
+    distributed,
+    engine,
+    files,
+    formats,
+    preflight,
+    sequential,
+    writer,
+)
 
 UNCLIPPED = re.compile(r"\b[qk]_|query|key|qkv|c_attn")
 SEQLEN = 1024
@@ -170,7 +180,7 @@ def _check_dump(path: str | Path | None, overwrite: bool) -> Path | None:
         raise UserError(f"--dump_clip {path}: expected a name that ends in .safetensors.")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --dump_clip, or replace it: --overwrite.")
-    writer.check_place(path, "--dump_clip")
+    files.check_place(path, "--dump_clip")
     return path
 
 
