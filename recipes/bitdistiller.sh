@@ -38,7 +38,9 @@ clip_flags=${CLIP_FLAGS:-${here[9]}}
 gptq_flags=${GPTQ_FLAGS:-}              # e.g. "--nsamples 16"
 launch=${LAUNCH:-python -m}
 format=compressed-tensors
-[ "$kind" = int ] || format=dense
+if [ "$kind" != int ]; then             # normal-float grids are not packed, and have none to learn
+    format=dense train_flags=${train_flags/--learn all/}
+fi
 mkdir -p "$out"
 
 # make NAME COMMAND...: unless it is there already. Several flags are split at spaces.

@@ -363,6 +363,20 @@ def _load_bitsandbytes(folder: Path, load: str, dtype, device: str, weights: Wei
     return model.eval()
 
 
+def check_token(largest: int, config) -> None:
+    """Refuse a token that the model has no embedding of.
+
+    Raises:
+        UserError: ``largest`` is beyond the vocabulary.
+    """
+    known = config.get_text_config().vocab_size
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
+            "not belong together."
+        )
+
+
 def parse_dtype(name: str):
     import torch
 

@@ -57,6 +57,10 @@ def _no_grad(method):
 class Decoder:
     """A checkpoint opened for block-by-block work.
 
+    Args:
+        sizes_only: no tensor will be asked for; families whose files transformers has to convert
+            are then not read.
+
     Attributes:
         differentiable: True lets autograd see what embed, forward and logits do (default False).
         blocks: the blocks, on the meta device except while loaded.
@@ -64,7 +68,14 @@ class Decoder:
         weights: the checkpoint's tensors (:class:`harness.checkpoint.Weights`).
     """
 
-    def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        sizes_only: bool = False,
+    ):
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
@@ -90,7 +101,7 @@ class Decoder:
         self._tuple_output = False
         self._outer_loaded = False
         self._stored = self._stored_names()
-        self._converted = None if self._stored else self._load_converted()
+        self._converted = None if self._stored or sizes_only else self._load_converted()
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -83,6 +83,10 @@ class Training:
             raise UserError(f"schedule {self.schedule}: expected {' or '.join(SCHEDULES)}.")
         if self.zero not in range(4):
             raise UserError(f"ZeRO stage {self.zero}: expected 0, 1, 2 or 3.")
+        for name in ("warmup", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if value < 0 or not isfinite(value):
+                raise UserError(f"{name.replace('_', ' ')} {value}: expected 0 or more.")
         for name in ("steps", "micro_batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', ' ')} {getattr(self, name)}: at least 1.")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from harness import data, distributed, files, instruct
+from harness import checkpoint, data, distributed, files, instruct
 from harness.errors import UserError
 
 EXPECTED = "expected prompt and response, or instruction (input) and output"
@@ -90,7 +90,7 @@ def pairs(
 
 
 def _pair(row: dict, path: Path, number: int, generated: bool) -> dict[str, str]:
-    keys = ", ".join(_shown(*column) for column in row.items()) or "nothing"
+    keys = files.columns(row)
     if generated:
         written = next((row[key] for key in GENERATED if isinstance(row.get(key), str)), None)
         if written is None or not isinstance(row.get("prompt"), str):
@@ -106,10 +106,6 @@ def _pair(row: dict, path: Path, number: int, generated: bool) -> dict[str, str]
     if pair is None:
         raise UserError(f"{path}, line {files.line_of(path, number)}: {keys}; {EXPECTED}.")
     return pair
-
-
-def _shown(name, value) -> str:
-    return f"{name}" if isinstance(value, str) else f"{name} ({value!r:.20} is no text)"
 
 
 def encode(tokenizer, prompts: list[str], responses: list[str]) -> Iterator[tuple[list, list]]:
@@ -343,9 +339,4 @@ def _cached(rows, key: Iterable) -> Examples:
 
 def check_tokens(sets, config) -> None:
     """Refuse examples with tokens that the model has no embedding of."""
-    largest, known = max(s.counts.largest for s in sets), config.get_text_config().vocab_size
-    if largest >= known:
-        raise UserError(
-            f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
-            "not belong together."
-        )
+    checkpoint.check_token(max(s.counts.largest for s in sets), config)

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from harness import card, distributed, formats, memory, preflight, writer
+from harness import card, checkpoint, distributed, formats, memory, preflight, writer
 from harness.block_pass import BlockPass, Method, Update, Where
 from harness.decoder import Decoder
-from harness.errors import UserError
 from harness.perplexity import window_length
 from harness.progress import track
 from harness.stages import linears
@@ -107,11 +106,7 @@ def compress(
 
 def _check_windows(decoder: Decoder, windows: torch.Tensor) -> None:
     window_length(decoder.config, windows.shape[1])
-    if int(windows.max()) >= decoder.config.vocab_size:
-        raise UserError(
-            f"the tokenizer gives token {int(windows.max())}, the model knows "
-            f"{decoder.config.vocab_size}; tokenizer and model do not belong together."
-        )
+    checkpoint.check_token(int(windows.max()), decoder.config)
 
 
 def _open_shards(decoder, out, windows, identity, overwrite, resume) -> writer.Writer:

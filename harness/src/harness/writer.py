@@ -310,7 +310,7 @@ def disk_error(path: Path, error: Exception) -> Exception:
         free = shutil.disk_usage(path.parent).free / 1e6
         return UserError(
             f"the disk is full at {path.parent} ({free:.0f} MB free); free some space and repeat "
-            "the command, finished blocks are kept."
+            "the command, what is finished is kept."
         )
     return error
 

@@ -76,6 +76,10 @@ WORDS = {
         r"999 windows of 64 tokens asked for, its \d+ tokens fill \d+; use --nsamples \d+",
     ),
     "window too long": (["model", "text.txt", *QUICK, "--seqlen", "65"], "65 .* context of 64"),
+    "packed already": (
+        ["clipped", "text.txt", *QUICK],
+        "clipped is packed already; give the dense",
+    ),
     "dump of another kind": (
         ["model", "text.txt", *QUICK, "--dump_clip", "clip.pt"],
         "--dump_clip clip.pt: expected a name that ends in .safetensors",

@@ -105,6 +105,7 @@ def train_blocks(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("blocks are trained by one process; start it without torchrun.")
     folder, out = checkpoint.resolve(model), Path(out)
+    result.check_dense(folder)
     device = checkpoint.pick_device(device)
     decoder = Decoder(folder, device=device, dtype=choose_dtype(dtype, folder))
     preflight.check(decoder, grid, "dense", out)

@@ -21,7 +21,7 @@ from harness.normal_float import NormalFloat
 from harness.normal_float import nearest as nearest_level
 from harness.perplexity import window_length
 
-from bitdistiller import clips
+from bitdistiller import clips, result
 from bitdistiller.clip_search import clamp, full_range, output_energy, search, work
 from harness import (
     checkpoint,
@@ -86,6 +86,7 @@ def clip(
     dump_clip = _check_dump(dump_clip, overwrite)
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
+    result.check_dense(folder)
     decoder = Decoder(folder, device=device, dtype=choose_dtype(dtype, folder))
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))

@@ -12,7 +12,7 @@ from harness import distributed
 
 def show(args, source: Path, grid, training, dtype: str) -> None:
     """Print the plan of the parsed flags."""
-    decoder = Decoder(source)
+    decoder = Decoder(source, sizes_only=True)
     parameters = stored_size(source, decoder.config).parameters
     shapes = [get_matrix(m).shape for block in decoder.blocks for m in linears(block).values()]
     weights = sum(map(math.prod, shapes))

@@ -26,6 +26,21 @@ NOTE = clips.NOTE
 Tensors = dict[str, torch.Tensor]
 
 
+def check_dense(model: Path) -> None:
+    """Refuse a model that is quantized already: there is nothing more to find in it.
+
+    Raises:
+        UserError: packed, or a result of training.
+    """
+    if checkpoint.Weights(model).layout in ("compressed-tensors", "gptq"):
+        raise UserError(f"{model} is packed already; give the dense model that it was made from.")
+    if (model / FILE).is_file():
+        raise UserError(
+            f"{model} holds quantized values, no teacher; give the dense model that it was made "
+            f"from, and train's --start {model} to go on from there."
+        )
+
+
 @torch.no_grad()
 def finish(model: nn.Module) -> tuple[nn.Module, Tensors, dict[str, str]]:
     """Make the student the plain dense model with the quantized values, in place.

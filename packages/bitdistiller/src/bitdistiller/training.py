@@ -60,7 +60,7 @@ def train(args) -> dict | None:
     out, source = Path(args.out), checkpoint.resolve(args.model)
     config = checkpoint.load_config(source)
     writer.check_out(out, args.overwrite or args.dry_run)
-    _check_source(source)
+    result.check_dense(source)
     ranges = _ranges(args, source, grid)
     tokenizer = checkpoint.load_tokenizer(source)
     longest = material.length(args.model_max_length, config)
@@ -164,19 +164,9 @@ def _check(args):
     return grid
 
 
-def _check_source(source: Path) -> None:
-    if checkpoint.Weights(source).layout in ("compressed-tensors", "gptq"):
-        raise UserError(f"{source} is packed already; give the dense model that it was made from.")
-    if (source / result.FILE).is_file():
-        raise UserError(
-            f"{source} holds quantized values, no teacher; give the dense model that it was made "
-            f"from, and --start {source} to go on from there."
-        )
-
-
 def _ranges(args, source: Path, grid) -> student.Ranges | None:
     """Those of --clip; what the student cannot be is refused here, before data is read."""
-    decoder = Decoder(source)
+    decoder = Decoder(source, sizes_only=True)
     preflight.check(decoder, grid, "dense", Path(args.out))
     ranges = clips.read(args.clip, source, grid) if args.clip else None
     found = student.find_linears(decoder.model)

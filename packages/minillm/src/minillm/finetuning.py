@@ -127,12 +127,16 @@ def finetune(args) -> dict | None:
 
 
 def pairs(args, split: str) -> list[dict[str, str]]:
-    """Prompts and responses of the flags --data, --dev-data, --train-num and --dev-num."""
+    """Prompts and responses of the flags --data, --dev-data, --train-num and --dev-num; a file of
+    its own for each is read whole."""
     generated = getattr(args, "type", None) == "seqkd"
+    dev = getattr(args, "dev_data", None)
     if split == "train":
-        return example_sets.pairs(args.data, split, generated)[: args.train_num]
-    named = args.dev_data or args.data
-    return example_sets.pairs(named, split, generated and not args.dev_data)[: args.dev_num]
+        # cache_teacher knows nothing of --dev-data: it leaves out what is held out, always.
+        alone = bool(dev) and not getattr(args, "teacher_cache", None)
+        return example_sets.pairs(args.data, split, generated, alone=alone)[: args.train_num]
+    found = example_sets.pairs(dev or args.data, split, generated and not dev, alone=bool(dev))
+    return found[: args.dev_num]
 
 
 def examples(args, tokenizer, longest: int, longest_prompt: int) -> list[example_sets.Examples]:

@@ -108,12 +108,7 @@ def check_teacher(teacher: str, tokenizer, config) -> Path:
 
 
 def check_tokens(data, config) -> None:
-    largest, known = max(int(ids.max()) for ids, _ in data), config.get_text_config().vocab_size
-    if largest >= known:
-        raise UserError(
-            f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
-            "not belong together."
-        )
+    checkpoint.check_token(max(int(ids.max()) for ids, _ in data), config)
 
 
 def describe(plan: Plan, data, held, usual: float | None, width: int) -> str:
