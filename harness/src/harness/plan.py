@@ -1,12 +1,14 @@
-"""``--dry-run``: what a layer-wise pass would do, and about what it needs; nothing is written."""
+"""``--dry-run``: what a layer-wise pass would do, and about what it needs; nothing is written. And
+what training on DeepSpeed (trainer.py) takes."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from harness import formats, writer
+from harness import distributed, formats, writer
 from harness.sequential import Method
 from harness.sparsity import nominal_ratio
 from harness.stages import get_matrix, linears
@@ -81,6 +83,30 @@ def print_plan(
         f"in all: at most about {peak + outer * item / 1e9:.2f} GB of memory, {total_disk:.1f} MB "
         f"of disk, {total_time / 60:.1f} minutes"
     )
+
+
+class TrainingCost(NamedTuple):
+    """Bytes: of a process's memory without activations and teacher, of the result, and of all that
+    lies on disk at the worst moment."""
+
+    memory: float
+    result: float
+    disk: float
+
+
+def training_cost(parameters: int, trained: int, item: int, zero: int) -> TrainingCost:
+    """What ``harness.trainer.train`` takes for a model of ``parameters`` numbers, ``trained`` of
+    them trained, of ``item`` bytes each, at this ZeRO stage."""
+    ranks = distributed.world_size()
+    # AdamW's two moments, and a float32 copy: ZeRO makes one of float32 weights too.
+    optimizer = trained * (12 if zero or item == 2 else 8)
+    states = optimizer / (ranks if zero else 1)
+    gradients = trained * item / (ranks if zero > 1 else 1)
+    weights = parameters * item / (ranks if zero > 2 else 1)
+    best, state, result = trained * item, trained * item + optimizer, parameters * item
+    # The last state and its best weights, newer ones, and the next state or the result.
+    disk = 2 * best + state + max(state, result)
+    return TrainingCost(states + gradients + weights, result, disk)
 
 
 def _same_blocks(decoder):

@@ -6,6 +6,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.footprint import stored_size
 from harness.perplexity import context_length
+from harness.plan import training_cost
 
 from harness import (
     batching,
@@ -156,15 +157,12 @@ def _plan(args, prompts: int) -> tuple[rollouts.Plan, engine.Training]:
 def _print_plan(args, parameters: list[int], dtype: str) -> None:
     """--dry-run: what the models and the optimizer take, activations and caches aside."""
     ours, theirs = parameters
-    item, ranks = 4 if dtype == "float32" else 2, distributed.world_size()
-    trained = 0 if args.peft else ours
-    # AdamW's two moments, and a float32 copy where weights are not.
-    states = trained * (8 if item == 4 else 12) / (ranks if args.zero else 1)
-    gradients = trained * item / (ranks if args.zero > 1 else 1)
-    weights = ours * item / (ranks if args.zero > 2 else 1)
-    memory = (states + gradients + weights + theirs * item) / 1e9
+    item = 4 if dtype == "float32" else 2
+    cost = training_cost(ours, 0 if args.peft else ours, item, args.zero)
+    memory = (cost.memory + theirs * item) / 1e9
     print(
         f"minillm: {args.model} ({ours / 1e6:.2f} M parameters, {dtype}), teacher {args.teacher} "
         f"({theirs / 1e6:.2f} M) -> {args.out}\nmemory: about {memory:.2f} GB a process, and the "
-        f"activations of {args.batch_size} rollouts or the caches of {args.chunk_size}"
+        f"activations of {args.batch_size} rollouts or the caches of {args.chunk_size}; disk: "
+        f"{cost.result / 1e6:.1f} MB, and while it runs {cost.disk / 1e6:.1f} MB"
     )

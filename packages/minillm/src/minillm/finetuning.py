@@ -10,6 +10,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.footprint import stored_size
 from harness.perplexity import context_length
+from harness.plan import training_cost
 
 from harness import (
     batching,
@@ -249,13 +250,8 @@ def _identity(args, source: Path, training, dtype: str, train, dev) -> dict:
 def _print_plan(args, parameters: int, training, dtype: str) -> None:
     """--dry-run: what training takes, activations aside."""
     item = 4 if dtype == "float32" else 2
-    ranks = distributed.world_size()
-    trained = 0 if args.peft else parameters
-    # AdamW's two moments, and a float32 copy where weights are not.
-    states = trained * (8 if item == 4 else 12) / (ranks if training.zero else 1)
-    gradients = trained * item / (ranks if training.zero > 1 else 1)
-    weights = parameters * item / (ranks if training.zero > 2 else 1)
-    memory = (states + gradients + weights) / 1e9
+    cost = training_cost(parameters, 0 if args.peft else parameters, item, training.zero)
+    memory = cost.memory / 1e9
     if args.teacher:
         folder = checkpoint.resolve(args.teacher)
         count = stored_size(folder, checkpoint.load_config(folder)).parameters
@@ -263,6 +259,5 @@ def _print_plan(args, parameters: int, training, dtype: str) -> None:
     print(f"{args.type}: {args.model} ({parameters / 1e6:.2f} M parameters, {dtype}) -> {args.out}")
     print(
         f"memory: about {memory:.2f} GB a process, and the activations of {training.micro_batch} "
-        f"examples; disk: {parameters * item / 1e6:.1f} MB, and while it runs "
-        f"{(trained * (12 if item == 4 else 14) + parameters * item) / 1e6:.1f} MB"
+        f"examples; disk: {cost.result / 1e6:.1f} MB, and while it runs {cost.disk / 1e6:.1f} MB"
     )
