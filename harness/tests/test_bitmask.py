@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.grid import Grid, nearest
 from harness.sequential import Method, Update, compress
 from harness.stages import get_matrix, linears, set_matrix
+from harness.tensors import Weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -92,7 +93,7 @@ def test_every_reader_of_ours_sees_the_dense_model(family, tmp_path):
     assert model.dtype == torch.bfloat16
     assert torch.equal(logits(model), logits(want))
     state = want.state_dict()
-    weights = checkpoint.Weights(small)
+    weights = Weights(small)
     for name in weights.names & set(state):
         assert torch.equal(weights.read(name), state[name]), name
     # Pruned or quantized again, it is the dense model that is.
@@ -271,7 +272,7 @@ def test_sizes_are_those_of_the_files(tmp_path, capsys, monkeypatch):
     assert "zeros" in info.info("dense") and "zeros" not in info.info("source")
     assert sparsity.of_checkpoint(tmp_path / "small").share == shares[0]
     # The header says it all without reading a weight.
-    assert checkpoint.Weights(tmp_path / "small").shape("model.norm.weight") == (32,)
+    assert Weights(tmp_path / "small").shape("model.norm.weight") == (32,)
 
 
 def test_nominal_ratio():

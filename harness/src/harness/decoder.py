@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from harness import checkpoint, sizes
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.perplexity import window_length
 from harness.stages import linears
+from harness.tensors import Weights
 
 TOKENS_PER_BATCH = 4096
 
@@ -65,7 +66,7 @@ class Decoder:
         differentiable: True lets autograd see what embed, forward and logits do (default False).
         blocks: the blocks, on the meta device except while loaded.
         prefix: their name in the model, "model.layers" for LLaMA.
-        weights: the checkpoint's tensors (:class:`harness.checkpoint.Weights`).
+        weights: the checkpoint's tensors (:class:`harness.tensors.Weights`).
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Decoder:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        self.weights = checkpoint.Weights(folder)
+        self.weights = Weights(folder)
         self.config = checkpoint.load_config(folder)
         vars(self.config).pop("quantization_config", None)
         self.device = torch.device(device)
@@ -90,7 +91,7 @@ class Decoder:
         except Exception as error:  # the family's own code over the file's values
             raise UserError(
                 f"{folder}/config.json describes no model that transformers can build: "
-                f"{checkpoint.one_line(error)}"
+                f"{one_line(error)}"
             ) from error
         self.differentiable = False
         self.model = model.eval()

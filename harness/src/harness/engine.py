@@ -32,8 +32,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness import checkpoint, distributed, writer
+from harness import distributed, writer
 from harness.errors import UserError
+from harness.tensors import Weights
 
 SCHEDULES = ("cosine", "constant")
 DIVERGED = (
@@ -180,7 +181,7 @@ def compute_dtype(dtype: str, folder: Path) -> str:
         raise UserError(GPU_ONLY)
     if dtype != "auto":
         return dtype
-    return "float32" if checkpoint.Weights(folder).dtype == torch.float32 else "bfloat16"
+    return "float32" if Weights(folder).dtype == torch.float32 else "bfloat16"
 
 
 def start(model: torch.nn.Module, training: Training):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TEXT_COLUMNS = ("text", "content", "document", "sentence", "raw_content", "body", "article")
@@ -147,6 +147,21 @@ def _csv_starts(path: Path) -> Iterator[int]:
         if row:
             yield start
         start = reader.line_num + 1
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file is missing, broken, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; it is damaged, get another copy.")
+    return value
 
 
 def columns(row: dict) -> str:

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from harness import checkpoint, data, formats, sparsity
+from harness import checkpoint, data, files, formats, sparsity
 from harness.errors import UserError
 from harness.footprint import linear_shapes, loaded_bits_per_weight, memory_bytes, stored_size
 from harness.perplexity import context_length, window_length
 from harness.report import row
+from harness.tensors import Weights
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Subject:
     def layout(self) -> str:
         """How the weights are stored, one of harness.formats' or "other"."""
         return formats.layout_of(
-            checkpoint.read_json(self.folder / "config.json").get("quantization_config")
+            files.read_json(self.folder / "config.json").get("quantization_config")
         )
 
     def stream(self, folder: Path, windows):
@@ -126,7 +127,7 @@ def _zeros(subject: Subject, loaded: bool) -> sparsity.Sparsity | None:
         return None
     if not loaded:
         return sparsity.of_checkpoint(subject.folder)
-    return sparsity.of_model(subject.model, checkpoint.Weights(subject.folder).dtype.itemsize)
+    return sparsity.of_model(subject.model, Weights(subject.folder).dtype.itemsize)
 
 
 def _zeros_rows(layout: str, zeros: sparsity.Sparsity, disk: int) -> list[dict]:

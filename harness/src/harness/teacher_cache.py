@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as again
 
-from harness import checkpoint
+from harness import files
 from harness.batching import IGNORED
 from harness.divergence import CHUNK_ELEMENTS, LOG_ZERO, RowFunction
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.example_sets import Examples
 from harness.validation import inputs_of
 
@@ -110,7 +110,7 @@ class Cache:
         self.folder = Path(folder)
         if not (self.folder / NOTE).is_file():
             raise UserError(f"{folder} holds no {NOTE}; make a cache with cache_teacher.")
-        note = checkpoint.read_json(self.folder / NOTE)
+        note = files.read_json(self.folder / NOTE)
         lacking = {"content", "examples", "edges", "vocabulary", "teacher_files", "top_k"} - {*note}
         if lacking:
             raise UserError(f"{self.folder / NOTE} lacks {min(lacking)}; {AGAIN}")
@@ -138,7 +138,7 @@ class Cache:
             file = safe_open(path, framework="pt")
             found = [file.get_slice(key) for key in KEYS]
         except (OSError, SafetensorError) as error:
-            why = checkpoint.one_line(error)
+            why = one_line(error)
             raise UserError(f"{path} cannot be read ({why}); {AGAIN}") from error
         if any(part.get_shape()[0] != last - first for part in found):
             raise UserError(f"{path} has not the {last - first} labels of its examples; {AGAIN}")

@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from harness import __version__, bitmask, checkpoint, files, formats
+from harness import __version__, bitmask, files, formats
 from harness.errors import UserError
+from harness.tensors import Weights
 
 VERSIONS = ("torch", "transformers", "compressed-tensors")
 SIDE_FILES = (
@@ -51,7 +52,7 @@ def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> d
 def model_files(folder: Path) -> dict[str, str]:
     """Weight files and config.json by name: size and a hash of 4 MiB from all over the file, which
     a fine-tune of a few layers changes too (whole files of a large model take minutes to hash)."""
-    names = sorted([*checkpoint.Weights(folder).files(), "config.json"])
+    names = sorted([*Weights(folder).files(), "config.json"])
     return {name: _sample_hash(folder / name) for name in names}
 
 
@@ -323,7 +324,7 @@ def tensor_bytes(path: Path) -> int:
 
 def config_for(folder: Path, dtype: torch.dtype, quantization: dict | None, conv1d: bool) -> dict:
     """The source's config.json with dtype and quantization_config of the result."""
-    config = checkpoint.read_json(folder / "config.json")
+    config = files.read_json(folder / "config.json")
     config.pop("torch_dtype", None)
     config.pop("quantization_config", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

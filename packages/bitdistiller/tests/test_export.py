@@ -9,6 +9,7 @@ import yaml
 from bitdistiller import export, result, student
 from harness.grid import Grid
 from harness.normal_float import NormalFloat
+from harness.tensors import Weights
 from safetensors.torch import load_file
 from test_student import logits, stored
 from transformers import AutoModelForCausalLM
@@ -40,7 +41,7 @@ def test_packed_logits_are_those_of_the_student(bits, size, dtype, tmp_path, cap
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     assert torch.equal(logits(loaded), expected)
     assert torch.equal(logits(checkpoint.load_model(tmp_path / "out")), expected)
-    assert checkpoint.Weights(tmp_path / "out").layout == "compressed-tensors"
+    assert Weights(tmp_path / "out").layout == "compressed-tensors"
     printed = capsys.readouterr().out
     assert ("vLLM" in printed) == (bits == 4) and "transformers" in printed
     steps = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["steps"]
@@ -56,7 +57,7 @@ def test_gptq_and_dense(bits, size, tmp_path):
         assert run(folder, "--format", layout, "--out", tmp_path / f"as-{layout}") == 0
         model = checkpoint.load_model(tmp_path / f"as-{layout}")
         assert torch.equal(logits(model), expected)
-    assert checkpoint.Weights(tmp_path / "as-gptq").layout == "gptq"
+    assert Weights(tmp_path / "as-gptq").layout == "gptq"
 
 
 def test_conv1d(tmp_path):

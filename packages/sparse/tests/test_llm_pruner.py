@@ -13,7 +13,7 @@ from sparse.llm_pruner import main
 from sparse.structured import prune
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint, data, sizes, speed
+from harness import checkpoint, data, files, sizes, speed
 
 EVERYWHERE = [
     "--block_attention_layer_start", "0", "--block_attention_layer_end", "5",
@@ -127,7 +127,7 @@ def test_what_was_pruned_can_be_pruned_again(tmp_path):
     again = prune(tmp_path / "b", out=tmp_path / "c", pruning_ratio=0.5, seed=1, **common)
     assert again["rows"][2]["heads"] == [4, 2] and again["rows"][0]["heads"] == [8, 8]
     first, second = (
-        checkpoint.read_json(tmp_path / name / "config.json")[sizes.KEY][2]["kept_heads"]
+        files.read_json(tmp_path / name / "config.json")[sizes.KEY][2]["kept_heads"]
         for name in "bc"
     )
     assert len(second) == 2 and set(second) < set(first)

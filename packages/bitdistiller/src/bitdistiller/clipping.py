@@ -20,6 +20,7 @@ from harness.hessian import Hessian
 from harness.normal_float import NormalFloat
 from harness.normal_float import nearest as nearest_level
 from harness.perplexity import window_length
+from harness.tensors import Weights
 
 from bitdistiller import clips, result
 from bitdistiller.clip_search import clamp, full_range, output_energy, search, work
@@ -140,7 +141,7 @@ def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float
 def choose_dtype(dtype: str, folder: Path) -> torch.dtype:
     """--dtype, where auto is what training takes, so that it starts from these very values."""
     name = engine.compute_dtype(dtype, folder) if dtype == "auto" else dtype
-    stored = checkpoint.Weights(folder).dtype
+    stored = Weights(folder).dtype
     chosen = checkpoint.parse_dtype(name)
     if dtype == "auto" and chosen != stored:
         distributed.say(f"stored in {stored}, computed in {chosen}, as training will (see --dtype)")

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 
 import torch
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.grid import Grid
 from harness.normal_float import NormalFloat
 from safetensors import SafetensorError, safe_open
 
-from harness import checkpoint, writer
+from harness import writer
 
 FILE = "clip.safetensors"
 NOTE = "bitdistiller"
@@ -57,7 +57,7 @@ def read(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read ({checkpoint.one_line(error)}); expected the clip.safetensors "
+            f"{path} cannot be read ({one_line(error)}); expected the clip.safetensors "
             "of python -m bitdistiller.autoclip."
         ) from error
     try:

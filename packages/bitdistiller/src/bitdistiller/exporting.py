@@ -9,7 +9,7 @@ from harness.plan import print_plan
 from harness.sequential import LOG, Method, Update
 
 from bitdistiller import result
-from harness import card, checkpoint, preflight, sequential, writer
+from harness import card, checkpoint, files, preflight, sequential, writer
 
 
 def export(
@@ -70,7 +70,7 @@ def export(
 def _base(folder: Path) -> str:
     """The dense model that the result was made from, as its own log names it."""
     log = folder / LOG
-    return checkpoint.read_json(log).get("base", str(folder)) if log.is_file() else str(folder)
+    return files.read_json(log).get("base", str(folder)) if log.is_file() else str(folder)
 
 
 def _update(grids: result.Grids, layout: str):

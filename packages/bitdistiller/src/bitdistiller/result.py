@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 
 import torch
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.grid import Grid, QuantizedWeight
 from harness.stages import get_matrix
+from harness.tensors import Weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -32,7 +33,7 @@ def check_dense(model: Path) -> None:
     Raises:
         UserError: packed, or a result of training.
     """
-    if checkpoint.Weights(model).layout in ("compressed-tensors", "gptq"):
+    if Weights(model).layout in ("compressed-tensors", "gptq"):
         raise UserError(f"{model} is packed already; give the dense model that it was made from.")
     if (model / FILE).is_file():
         raise UserError(
@@ -97,8 +98,7 @@ class Grids:
             self.grid = Grid(values["bits"], values["group_size"]) if self.kind == "int" else None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} cannot be read ({checkpoint.one_line(error)}); it is damaged or not of "
-                "this program."
+                f"{path} cannot be read ({one_line(error)}); it is damaged or not of this program."
             ) from error
         keys = self._file.keys()
         self.names = {key.removesuffix(".scale") for key in keys if key.endswith(".scale")}
@@ -144,7 +144,7 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
     """
     grids = Grids(folder)
     grids.check_codes()
-    model = checkpoint.load_dense(folder, checkpoint.Weights(folder).dtype)
+    model = checkpoint.load_dense(folder, Weights(folder).dtype)
     modules = dict(model.named_modules())
     linears = {name: modules[name] for name in sorted(grids.names) if name in modules}
     return model, {n: grids.quantized(n, get_matrix(m)) for n, m in linears.items()}

@@ -7,9 +7,9 @@ hub; of the last two the part with references of 11 words and more, as published
 import sys
 from pathlib import Path
 
-from harness.errors import UserError, nearest
+from harness.errors import UserError, nearest, one_line
 
-from harness import checkpoint, data, files, instruct
+from harness import data, files, instruct
 
 HUB = {
     "self-inst": ("MiniLLM/self-inst", "valid.jsonl"),
@@ -79,6 +79,6 @@ def _fetch(name: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name}: the hub's {repository} could not be had ({checkpoint.one_line(error)}); give "
+            f"{name}: the hub's {repository} could not be had ({one_line(error)}); give "
             "a local file, or the embedded stdlib-doc."
         ) from error

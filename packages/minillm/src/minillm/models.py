@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from harness.errors import UserError
+from harness.errors import UserError, one_line
+from harness.tensors import Weights
 
 from harness import checkpoint, distributed, trainer
 
@@ -17,7 +18,7 @@ def load_student(model: str, *, device: str, dtype: str, peft_path: str | None =
         UserError: it is packed (training would undo that), or the adapter does not fit.
     """
     folder = checkpoint.resolve(model)
-    if checkpoint.Weights(folder).layout in ("compressed-tensors", "gptq"):
+    if Weights(folder).layout in ("compressed-tensors", "gptq"):
         raise UserError(f"{model} is quantized, and training would undo that; give a dense model.")
     loaded = checkpoint.load_model(folder, device=device, dtype=dtype)
     return with_adapter(loaded, peft_path) if peft_path else loaded
@@ -41,7 +42,7 @@ def with_adapter(model, folder: str):
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"the adapter {folder} does not fit the model: {checkpoint.one_line(error)}"
+            f"the adapter {folder} does not fit the model: {one_line(error)}"
         ) from error
 
 

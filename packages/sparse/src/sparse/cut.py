@@ -7,7 +7,7 @@ import torch
 from harness.decoder import Decoder
 from harness.errors import UserError
 
-from harness import checkpoint, distributed, memory, sizes
+from harness import distributed, files, memory, sizes
 from sparse import groups, hidden, selection
 
 HIDDEN = "hidden channels"
@@ -118,7 +118,7 @@ def channel_wise(exact: Decoder, ratio: float, multiple: int) -> Cut:
             "--block_wise."
         )
     kept = selection.rounded(width, 1 - ratio, multiple) or multiple
-    raw = checkpoint.read_json(exact.weights.folder / "config.json")
+    raw = files.read_json(exact.weights.folder / "config.json")
     hidden.check_untied(exact, structures[0], kept, raw)
     cut = Cut(len(exact), {HIDDEN: torch.ones(width, dtype=torch.bool)}, {HIDDEN: multiple})
     cut.channels = [_channels(s) for s in structures]

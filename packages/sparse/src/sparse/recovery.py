@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from harness.errors import UserError
 from harness.save import save_model
+from harness.tensors import Weights
 
 from harness import checkpoint, distributed, training_data, writer
 from sparse import losses, tuning
@@ -91,7 +92,7 @@ def recover(
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
     config = checkpoint.load_config(folder)
-    weights = checkpoint.Weights(folder)
+    weights = Weights(folder)
     stored = weights.dtype
     compute = checks.compute_dtype(dtype, stored)
     checks.check_source(weights, model, out, overwrite, dry_run)
