@@ -337,9 +337,10 @@ def test_what_a_kill_after_the_last_rename_leaves_is_swept(sources, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
-def test_a_run_that_finished_no_block_is_not_in_the_way(sources, tmp_path):
+def test_a_run_that_finished_no_block_leaves_nothing(sources, tmp_path):
     with pytest.raises(Interrupted):
         run(sources["llama"], tmp_path / "out", packing(fail_at=0))
+    assert not list(tmp_path.iterdir())
     run(sources["llama"], tmp_path / "out", packing(bits=3))
 
 

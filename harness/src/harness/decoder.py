@@ -327,6 +327,11 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device, prefix: s
         is_buffer = name not in dict(module.named_parameters(remove_duplicate=False))
         current = module.get_buffer(name) if is_buffer else module.get_parameter(name)
         _check_shape(full_name, tensor.shape, current.shape)
+        if current.is_floating_point() and not tensor.is_floating_point():
+            raise UserError(
+                f"{full_name} holds {tensor.dtype}, and config.json tells no quantization that it "
+                "is of; get the dense checkpoint."
+            )
         _put(module, name, tensor.to(device), buffer=is_buffer)
 
 

@@ -74,24 +74,25 @@ def compress(
     }
     shards = _open_shards(decoder, out, windows, identity, overwrite, resume)
 
-    blocks = block_pass(decoder, method, windows, conv1d, quantization)
-    finished = distributed.broadcast_object(shards.finished)
-    if finished:
-        distributed.say(f"resuming: {finished} of {len(decoder)} blocks are done")
     rows = []
-    for index in track(range(len(decoder)), method.name, len(decoder)):
-        if index < finished:
-            tensors, block_rows = shards.read_block(index)
-            blocks.replay(index, tensors)
-        else:
-            tensors, block_rows, side = blocks.compress(index)
-            block = (index, tensors, block_rows, side)
-            distributed.lead(lambda b=block: shards.write_block(*b))
-            del block, side
-        decoder.release(index)
-        del tensors
-        memory.give_back()
-        rows += block_rows
+    with shards.begun():
+        blocks = block_pass(decoder, method, windows, conv1d, quantization)
+        finished = distributed.broadcast_object(shards.finished)
+        if finished:
+            distributed.say(f"resuming: {finished} of {len(decoder)} blocks are done")
+        for index in track(range(len(decoder)), method.name, len(decoder)):
+            if index < finished:
+                tensors, block_rows = shards.read_block(index)
+                blocks.replay(index, tensors)
+            else:
+                tensors, block_rows, side = blocks.compress(index)
+                block = (index, tensors, block_rows, side)
+                distributed.lead(lambda b=block: shards.write_block(*b))
+                del block, side
+            decoder.release(index)
+            del tensors
+            memory.give_back()
+            rows += block_rows
 
     step = {
         "method": method.name,

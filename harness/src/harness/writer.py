@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,6 +103,7 @@ class Writer:
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.identity_file = self.out.with_name(self.out.name + ".partial.json")
         self.side_folder = self.out.with_name(self.out.name + ".side.partial")
+        self.lead = lead
         if not lead:
             return
         check_out(self.out, overwrite)
@@ -128,6 +130,16 @@ class Writer:
         for folder in (self.partial, self.side_folder):
             if folder.is_dir():
                 shutil.rmtree(folder)
+
+    @contextmanager
+    def begun(self):
+        """Around the blocks: an error before the first is finished leaves nothing behind."""
+        try:
+            yield
+        except BaseException:
+            if self.lead and not self.finished:
+                self._forget()
+            raise
 
     def _read_state(self) -> dict:
         return json.loads(self.identity_file.read_text())

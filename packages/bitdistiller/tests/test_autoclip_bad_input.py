@@ -109,6 +109,10 @@ def test_damaged_weights(place, capsys):
     save_file(tensors, place / "model" / "model.safetensors", metadata={"format": "pt"})
     line = runs.refused(capsys, main, "model", "text.txt", *QUICK)
     assert f"{DOWN} holds NaN or infinite" in line and not (place / "out").exists()
+    tensors[DOWN] = torch.zeros_like(tensors[DOWN], dtype=torch.int8)
+    save_file(tensors, place / "model" / "model.safetensors", metadata={"format": "pt"})
+    line = runs.refused(capsys, main, "model", "text.txt", *QUICK, "--no-resume")
+    assert f"{DOWN} holds torch.int8, and config.json tells no quantization" in line
 
 
 def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
