@@ -10,6 +10,8 @@
 #   DISTIL= DATA=texts/ TEXTS=texts/ MMLU=mmlu/ bash recipes/la_framework.sh my-model/
 # Distillation that was stopped goes on where it was.
 set -euo pipefail
+# Waiting threads sleep: spinning ones save a quarter on an idle CPU and cost double on a busy one.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 out=${OUT:-out/la_framework}
 if [ "${1:-}" = --embedded ]; then
     shift
