@@ -5,7 +5,6 @@ is renamed to ``OUT``.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -152,12 +151,7 @@ def _finish(partial: Path, file: Path, out: Path, note: dict) -> dict:
             total += shard.get_tensor("log_tail").double().exp().sum().item()
     note["mean_tail"] = total / note["labels"]
     writer.write_text(partial / teacher_cache.NOTE, json.dumps(note, indent=1) + "\n")
-    # As `writer.put_in_place`, which wants a checkpoint: a kill leaves one of the two whole.
-    replaced = out.with_name(out.name + ".partial.replaced")
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(out, replaced)
-    os.replace(partial, out)
+    replaced = writer.swap(partial, out)
     file.unlink()
     shutil.rmtree(replaced, ignore_errors=True)
     return note

@@ -244,9 +244,16 @@ def refuse_other_run(partial: Path, old: dict, new: dict) -> None:
 def put_in_place(made: Path, out: Path, overwrite: bool) -> Path:
     """Rename the finished folder ``made`` to ``out``; returns where the result that it replaces, if
     any, waits to be deleted."""
-    replaced = out.with_name(out.name + ".partial.replaced")
     if out.exists():
         check_out(out, overwrite)
+    return swap(made, out)
+
+
+def swap(made: Path, out: Path) -> Path:
+    """The renames of :func:`put_in_place`, for any folder: a kill leaves the old or the new one
+    whole."""
+    replaced = out.with_name(out.name + ".partial.replaced")
+    if out.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(out, replaced)
     os.replace(made, out)

@@ -110,6 +110,7 @@ def train_blocks(
     decoder = Decoder(folder, device=device, dtype=choose_dtype(dtype, folder))
     preflight.check(decoder, grid, "dense", out)
     ranges = None if clip is None else clips.read(clip, folder, grid)
+    student.check(decoder.model, grid, ranges=ranges, learn="all")
     settings = {
         "bits": bits, "group_size": group_size, "clip": None if clip is None else _mark(clip),
         "val_size": val_size, "batch_size": batch_size, "epochs": epochs, "quant_lr": quant_lr,

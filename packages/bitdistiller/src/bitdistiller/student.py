@@ -45,26 +45,26 @@ def build(
         UserError: the group size divides not all linears, ranges or start do not fit the model, or
             the choices exclude one another.
     """
-    found = find_linears(model)
-    shapes = {name: tuple(get_matrix(module).shape) for name, module in found.items()}
-    check(shapes, grid, ranges=ranges, learn=learn, start=start)
+    check(model, grid, ranges=ranges, learn=learn, start=start)
     begun = {} if start is None else _begin(model, Path(start))
-    put_in(model, found, grid, ranges=ranges, learn=learn, begun=begun)
+    put_in(model, find_linears(model), grid, ranges=ranges, learn=learn, begun=begun)
     _mark(model, learn)
     return model
 
 
 def check(
-    shapes: dict[str, tuple[int, int]],
+    model: nn.Module,
     grid: Grid,
     *,
     ranges: Ranges | None = None,
     learn: str = "weights",
     start: Path | None = None,
 ) -> None:
-    """Refuse what :func:`build` cannot make of a model whose linears have these ``shapes`` (O, I)
-    by full name, before it is loaded. Arguments and errors are those of :func:`build`."""
+    """Refuse what :func:`build` cannot make of ``model``, which may be on the meta device: only the
+    shapes of its linears are looked at. Arguments and errors are those of :func:`build`."""
     _check_choices(grid, ranges, learn, start)
+    found = find_linears(model)
+    shapes = {name: tuple(get_matrix(module).shape) for name, module in found.items()}
     check_group_size({name: columns for name, (_, columns) in shapes.items()}, grid)
     if ranges is not None:
         _check_ranges(shapes, ranges, grid)
@@ -92,11 +92,9 @@ def put_in(
     begun: dict[str, QuantizedWeight] | None = None,
 ) -> dict[str, FakeQuantLinear]:
     """Put a :class:`FakeQuantLinear` in the place of each of the linears ``found`` in ``model``;
-    they are returned by the same names. Arguments and errors as for :func:`build`."""
-    shapes = {name: tuple(get_matrix(module).shape) for name, module in found.items()}
-    check_group_size({name: columns for name, (_, columns) in shapes.items()}, grid)
+    they are returned by the same names. Arguments as for :func:`build`; what :func:`check` refuses
+    must not come here."""
     if ranges is not None:
-        _check_ranges(shapes, ranges, grid)
         _clamp(found, ranges, grid)
     placed = {}
     for name, module in found.items():

@@ -9,7 +9,6 @@ from pathlib import Path
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.perplexity import window_length
-from harness.stages import get_matrix
 
 from bitdistiller import clipping, clips, material, objectives, result, student
 from harness import (
@@ -169,10 +168,8 @@ def _ranges(args, source: Path, grid) -> student.Ranges | None:
     decoder = Decoder(source, sizes_only=True)
     preflight.check(decoder, grid, "dense", Path(args.out))
     ranges = clips.read(args.clip, source, grid) if args.clip else None
-    found = student.find_linears(decoder.model)
-    shapes = {name: tuple(get_matrix(module).shape) for name, module in found.items()}
     start = Path(args.start) if args.start else None
-    student.check(shapes, grid, ranges=ranges, learn=args.learn, start=start)
+    student.check(decoder.model, grid, ranges=ranges, learn=args.learn, start=start)
     return ranges
 
 
