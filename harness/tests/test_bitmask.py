@@ -89,8 +89,7 @@ def test_every_reader_of_ours_sees_the_dense_model(family, tmp_path):
     prune(source, dense, "dense")
     prune(source, small, "bitmask")
     want = AutoModelForCausalLM.from_pretrained(dense).eval()
-    model = checkpoint.load_model(small)
-    assert model.dtype == torch.bfloat16
+    model = checkpoint.load_model(small, dtype=torch.bfloat16)
     assert torch.equal(logits(model), logits(want))
     state = want.state_dict()
     weights = Weights(small)

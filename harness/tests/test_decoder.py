@@ -89,7 +89,9 @@ def test_bfloat16_and_sharded_files(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ids = families.windows(3)
-    assert torch.equal(streamed(tmp_path, ids, batch_size=3), whole(model, ids, 3))
+    assert torch.equal(
+        streamed(tmp_path, ids, batch_size=3, dtype=model.dtype), whole(model, ids, 3)
+    )
     full = streamed(tmp_path, ids, batch_size=3, dtype=torch.float32)
     assert full.dtype == torch.float32
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()

@@ -5,12 +5,14 @@
 {"tokens": {folder: [[token id, ...], ...]}}.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+NO_KERNELS = "this vLLM has no kernels for packed integers on this CPU (they need AVX-512)"
 TEXTS = [
     "def __init__(self",
     "import os\nimport ",
@@ -20,6 +22,14 @@ TEXTS = [
     "    if not isinstance(value, ",
 ]
 NEW = 32
+
+
+@functools.cache
+def packs() -> bool:
+    """Whether vLLM computes on packed integers here; else what needs it is skipped (NO_KERNELS)."""
+    from harness.vllm_loading import has_weight_only_kernels
+
+    return has_weight_only_kernels()
 
 
 def ask(folders: list[Path], prompts: list[list[int]], scratch: Path) -> tuple[dict, str]:

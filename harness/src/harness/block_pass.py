@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
-from harness import bitmask, distributed, formats, memory, writer
+from harness import bitmask, distributed, formats, memory, precision, writer
 from harness.decoder import batches
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight
+from harness.progress import time_left
 from harness.stages import PausedForwards, find_stages, get_matrix, linears, set_matrix
 
 SHARE_OF_FREE_MEMORY = 0.6
@@ -82,6 +84,7 @@ class BlockPass:
     def __init__(self, decoder, method, windows, conv1d, quantization):
         self.decoder, self.method = decoder, method
         self.conv1d, self.quantization = conv1d, quantization
+        self.begun, self.done = time.perf_counter(), 0
         self.hidden, self.store = [], torch.device("cpu")
         self.stages: dict[tuple, list[list[str]]] = {}
         if method.statistics is None:
@@ -130,7 +133,7 @@ class BlockPass:
         if self.method.statistics is None:
             return
         dense = writer.decode_block(
-            tensors, self.method.layout, self.quantization, self.decoder.dtype, self.conv1d
+            tensors, self.method.layout, self.quantization, self.decoder.stored_dtype, self.conv1d
         )
         self.decoder.load(index, dense)
         for i in range(len(self.hidden)):
@@ -197,30 +200,43 @@ class BlockPass:
     @torch.no_grad()
     def _update(self, block, names, statistics, where) -> dict[str, Update]:
         modules = {name: block.get_submodule(name) for name in names}
-        matrices = {name: get_matrix(module).float() for name, module in modules.items()}
+        matrices = {name: self._matrix(where, name, module) for name, module in modules.items()}
         updates = self.method.update(matrices, statistics, where)
         for name, update in updates.items():
-            packed = isinstance(update.weight, QuantizedWeight)
-            dtype = self.decoder.dtype
-            set_matrix(modules[name], update.weight.dequantize(dtype) if packed else update.weight)
-            if packed and self.method.layout in formats.PRUNED_FORMATS:
-                update.weight = None  # the module holds all that will be stored
+            packed, stored = isinstance(update.weight, QuantizedWeight), self.decoder.stored_dtype
+            values = update.weight.dequantize(stored) if packed else update.weight.to(stored)
+            set_matrix(modules[name], values)
+            if self.method.layout in formats.PRUNED_FORMATS:
+                update.weight = values
         return updates
+
+    def _matrix(self, where: Where, name: str, module) -> torch.Tensor:
+        """A linear's weight [out, in], float32: with all its digits where the dtype of the
+        computation has fewer."""
+        decoder = self.decoder
+        if precision.holds(decoder.dtype, decoder.stored_dtype):
+            return get_matrix(module).float()
+        stored = decoder.stored(f"{where.prefix}.{name}.weight").to(decoder.device)
+        return (stored.T if isinstance(module, Conv1D) else stored).float()
 
     def _stored(self, index, block, updates) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """The block's tensors as its file will hold them, and the bytes of each updated linear."""
-        prefix = f"{self.decoder.prefix}.{index}"
+        decoder, prefix = self.decoder, f"{self.decoder.prefix}.{index}"
         tensors, linear_bytes = {}, {}
         for name, value in block.state_dict().items():
-            linear = name.removesuffix(".weight")
+            linear, full = name.removesuffix(".weight"), f"{prefix}.{name}"
             update = updates.get(linear) if name.endswith(".weight") else None
-            own = {f"{prefix}.{name}": value}
-            if update is not None and isinstance(update.weight, QuantizedWeight):
+            if update is None:
+                tensors[full] = decoder.stored(full) if decoder.has(full) else value
+                continue
+            if isinstance(update.weight, QuantizedWeight):
                 own = formats.encode(f"{prefix}.{linear}", update.weight, self.method.layout)
-            elif update is not None and self.method.layout == "bitmask":
-                own = bitmask.encode(f"{prefix}.{linear}", value)
-            if update is not None:
-                linear_bytes[linear] = sum(t.nbytes for t in own.values())
+            else:
+                turned = isinstance(block.get_submodule(linear), Conv1D)
+                own = {full: update.weight.T if turned else update.weight}
+                if self.method.layout == "bitmask":
+                    own = bitmask.encode(f"{prefix}.{linear}", own[full])
+            linear_bytes[linear] = sum(t.nbytes for t in own.values())
             tensors |= own
         return tensors, linear_bytes
 
@@ -238,12 +254,16 @@ class BlockPass:
         ]
 
     def _report(self, index, rows, seconds) -> None:
+        self.done += 1
         if distributed.rank() or sys.stderr.isatty():
             return
         errors = [row["error"] for row in rows if row["error"] is not None]
         mean = f", mean relative error {sum(errors) / len(errors):.3g}" if errors else ""
+        blocks = len(self.decoder)
+        since = time.perf_counter() - self.begun
+        left = time_left(since, self.done, self.done + blocks - index - 1)
         distributed.say(
-            f"block {index + 1}/{len(self.decoder)}: {seconds:.1f} s{mean}, peak {memory.peak()}"
+            f"block {index + 1}/{blocks}: {seconds:.1f} s{mean}, peak {memory.peak()}, {left}"
         )
 
     def _fits(self, block) -> bool:

@@ -13,15 +13,14 @@ from harness.sizes import KEY as SIZES_KEY
 # Steps that change how a model is stored, and nothing of the model.
 REPACKED = ("convert", "export")
 CONV1D = ("gpt2", "openai-gpt")
-# Families whose weight initialisation in transformers reaches for dense weights, and fails.
-NEVER_PACKED = ("falcon", "gpt_bigcode")
 
 
 def readers(layout: str, grid, config) -> str:
     """What loads a checkpoint of a model with this ``config`` stored in ``layout`` on ``grid``.
 
-    transformers and the harness are checked by the tests. vLLM 0.32 runs 4 bits on the CPU, which
-    the vLLM session checks, and refuses 8 there; its list of kernels for GPUs has both.
+    transformers and the harness are checked by the tests. vLLM 0.32 runs 4 bits on CPUs that have
+    AVX-512, which the vLLM session checks, and refuses 8 there; its list of kernels for GPUs has
+    both.
     """
     if getattr(config, SIZES_KEY, None):
         return "the harness only (its blocks differ in size)"
@@ -33,14 +32,14 @@ def readers(layout: str, grid, config) -> str:
         return "the harness only (transformers has no packed form of GPT-2's Conv1D)"
     served = ""
     if grid.bits == 4 and (grid.symmetric or layout == "compressed-tensors"):
-        served = "vLLM, "
+        served = "vLLM (on a GPU, or a CPU with AVX-512), "
     elif grid.bits == 8 and grid.symmetric:
         served = "vLLM on a GPU, "
     if layout == "gptq":
         return served + "GPTQModel where its kernels know the width, the harness"
-    if config.model_type in NEVER_PACKED:
-        return f"{served}the harness (transformers fails to load this family packed)"
-    return served + "transformers with compressed-tensors, the harness"
+    # Other widths were packed otherwise before, and older libraries load garbage from these files.
+    oldest = "0.17" if 32 % grid.bits == 0 else "0.19"
+    return f"{served}transformers with compressed-tensors {oldest} or newer, the harness"
 
 
 def command_line() -> str:
@@ -83,7 +82,9 @@ def model_card(base: str, step: dict, layout: str, sizes: dict[str, float], read
     done = f"compressed with {step['method']}" if compressed else f"stored as {layout}"
     if trained:
         done = f"tuned with {step['method']}"
-    settings = "\n".join(f"| {key} | {value} |" for key, value in step["settings"].items())
+    dtypes = {f"{key} in": value for key, value in step["dtype"].items()} if "dtype" in step else {}
+    rows = dtypes | step["settings"]
+    settings = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     size_lines = "\n".join(f"| {label} | {value:.2f} |" for label, value in sizes.items())
     return f"""---
 base_model: {base}

@@ -6,7 +6,7 @@ Tensor by tensor: tensors.py. Writing is in writer.py; the layouts of packed mat
 import re
 from pathlib import Path
 
-from harness import sizes
+from harness import precision, sizes
 from harness.errors import UserError, nearest, one_line
 from harness.tensors import Weights, open_file
 
@@ -97,30 +97,30 @@ def load_tokenizer(model: str | Path):
         raise UserError(f"no usable tokenizer in {folder}: {one_line(error)}") from error
 
 
-def load_model(
-    model: str | Path, *, device: str = "cpu", dtype: str = "auto", load: str | None = None
-):
+def load_model(model: str | Path, *, device: str = "cpu", dtype="auto", load: str | None = None):
     """The whole model in memory, ready to evaluate, from any format this project writes.
 
     Packed weights are dequantized to ``dtype``: the numbers are those that a packed kernel's
     reference gives, bit for bit.
 
     Args:
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        dtype: a torch.dtype, or the value of --dtype, of which "auto" asks the device
+            (:func:`harness.precision.choose`).
         load: "nf4", "nf4-dq" (double quantization) or "int8": quantize on load with bitsandbytes.
     """
 
     folder = resolve(model)
     config = load_config(folder)
     weights = Weights(folder)
-    torch_dtype = weights.dtype if dtype == "auto" else parse_dtype(dtype)
     device = pick_device(device)
+    if isinstance(dtype, str):
+        dtype = precision.choose(dtype, weights.dtype, device, model)
     if load:
-        return _load_bitsandbytes(folder, load, torch_dtype, device, weights)
+        return _load_bitsandbytes(folder, load, dtype, device, weights)
     if weights.layout == "dense":
-        loaded = load_dense(folder, torch_dtype)
+        loaded = load_dense(folder, dtype)
     else:
-        loaded = _load_packed(weights, config, torch_dtype)
+        loaded = _load_packed(weights, config, dtype)
     return loaded.to(device).eval()
 
 
@@ -224,15 +224,6 @@ def check_token(largest: int, config) -> None:
             f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
             "not belong together."
         )
-
-
-def parse_dtype(name: str):
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise UserError(f"dtype {name}: expected auto, {', '.join(known)}.{nearest(name, known)}")
-    return known[name]
 
 
 def pick_device(device: str) -> str:

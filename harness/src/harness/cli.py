@@ -53,7 +53,8 @@ def add_numerics(group) -> None:
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="dtype of the computation (default auto: the one the checkpoint is stored in)",
+        help="dtype of the computation (default auto: the one the checkpoint is stored in where "
+        "the device is fast in it, else float32); what is written keeps the checkpoint's own",
     )
 
 

@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
-from harness import card, checkpoint, preflight, sequential, sparsity, writer
+from harness import (
+    card,
+    checkpoint,
+    precision,
+    preflight,
+    sequential,
+    sparsity,
+    writer,
+)
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.footprint import stored_size
+from harness.tensors import Weights
 
 
 def convert(args) -> int:
@@ -15,9 +24,9 @@ def convert(args) -> int:
     codes stand for. Raises UserError where a bitmask would save nothing.
     """
     folder = checkpoint.resolve(args.model)
-    dtype = None if args.dtype == "auto" else checkpoint.parse_dtype(args.dtype)
     out = Path(args.out or f"{Path(args.model).resolve().name}-{args.format}")
-    decoder = Decoder(folder, dtype=dtype)
+    decoder = Decoder(folder, dtype=Weights(folder).dtype)
+    precision.say_unused(args.dtype, decoder.stored_dtype)
     preflight.check(decoder, None, args.format, out)
     if not args.dry_run:
         writer.check_out(out, args.overwrite)

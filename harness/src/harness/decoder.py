@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from harness import checkpoint, sizes
+from harness import checkpoint, precision, sizes
 from harness.errors import UserError, one_line
 from harness.perplexity import window_length
 from harness.stages import linears
@@ -59,10 +59,12 @@ class Decoder:
     """A checkpoint opened for block-by-block work.
 
     Args:
+        dtype: of the computation; None asks the device (:func:`harness.precision.choose`).
         sizes_only: no tensor will be asked for; families whose files transformers has to convert
             are then not read.
 
     Attributes:
+        dtype: of the computation. stored_dtype: of the checkpoint, and of what is made of it.
         differentiable: True lets autograd see what embed, forward and logits do (default False).
         blocks: the blocks, on the meta device except while loaded.
         prefix: their name in the model, "model.layers" for LLaMA.
@@ -84,7 +86,10 @@ class Decoder:
         self.config = checkpoint.load_config(folder)
         vars(self.config).pop("quantization_config", None)
         self.device = torch.device(device)
-        self.dtype = dtype or self.weights.dtype
+        self.stored_dtype = self.weights.dtype
+        if dtype is None and not sizes_only:
+            dtype = precision.choose("auto", self.stored_dtype, self.device, folder)
+        self.dtype = dtype or self.stored_dtype
         try:
             with init_empty_weights(include_buffers=False):
                 model = sizes.apply(AutoModelForCausalLM.from_config(self.config, dtype=self.dtype))
@@ -135,46 +140,58 @@ class Decoder:
             f"{folder} stores its tensors under other names than the model: loading it whole.",
             file=sys.stderr,
         )
-        return checkpoint.load_dense(folder, self.dtype).state_dict()
+        return checkpoint.load_dense(folder, self.stored_dtype).state_dict()
 
     def block_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Every stored tensor of block ``index`` by its full model name, in the working dtype."""
-        names = [f"{self.prefix}.{index}.{n}" for n in self.blocks[index].state_dict()]
-        return {n: self._read(n) for n in names if self._has(n)}
+        """Every tensor of block ``index`` by its full model name, bit for bit as it is stored."""
+        return {n: self.stored(n) for n in self._inner(index)}
 
     def outer_tensors(self) -> dict[str, torch.Tensor]:
         """The same for everything outside the blocks, tied tensors once."""
-        return {n: self._read(n) for n in self._outer()}
+        return {n: self.stored(n) for n in self._outer()}
 
     def outer_size(self) -> int:
         """How many numbers those hold."""
         tensors = self.model.state_dict()
         return sum(tensors[name].numel() for name in self._outer())
 
+    def _inner(self, index: int) -> list[str]:
+        names = [f"{self.prefix}.{index}.{n}" for n in self.blocks[index].state_dict()]
+        return [n for n in names if self.has(n)]
+
     def _outer(self) -> list[str]:
         names = [n for n in self.model.state_dict() if not n.startswith(self.prefix + ".")]
-        return [n for n in names if n not in self._tied and self._has(n)]
+        return [n for n in names if n not in self._tied and self.has(n)]
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor of this model name."""
         return name in (self._stored if self._converted is None else self._converted)
 
+    def stored(self, name: str) -> torch.Tensor:
+        """A tensor by its model name, bit for bit as the checkpoint holds it, on the CPU; of a
+        packed matrix the values, in the checkpoint's dtype.
+
+        Raises:
+            UserError: it holds NaN or infinite values.
+        """
+        return _finite(name, self._tensor(name, None))
+
     def _read(self, name: str) -> torch.Tensor:
+        """The same in the dtype of the computation."""
+        return _finite(name, self._tensor(name, self.dtype))
+
+    def _tensor(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         if self._converted is None:
-            tensor = self.weights.read(self._stored[name], self.dtype)
-        else:
-            tensor = self._converted[name]
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{name} holds NaN or infinite values; the checkpoint is damaged or was trained to "
-                "divergence. Get another copy."
-            )
-        return tensor
+            return self.weights.read(self._stored[name], dtype)
+        tensor = self._converted[name]
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
     def load(self, index: int, tensors: dict[str, torch.Tensor] | None = None) -> nn.Module:
         """Block ``index`` with its weights (or ``tensors``, by full name) on the device."""
         block = self.blocks[index]
-        tensors = self.block_tensors(index) if tensors is None else tensors
-        _fill(block, tensors, self.device, f"{self.prefix}.{index}.")
+        if tensors is None:
+            tensors = {n: self._read(n) for n in self._inner(index)}
+        _fill(block, tensors, self.device, self.dtype, f"{self.prefix}.{index}.")
         for buffer_name, buffer in list(block.named_buffers()):
             _put(block, buffer_name, buffer.to(self.device), buffer=True)
         return block
@@ -260,7 +277,8 @@ class Decoder:
     def _load_outer(self) -> None:
         if self._outer_loaded:
             return
-        _fill(self.model, self.outer_tensors(), self.device)
+        outer = {n: self._read(n) for n in self._outer()}
+        _fill(self.model, outer, self.device, self.dtype)
         for name, buffer in list(self.model.named_buffers()):
             if not name.startswith(self.prefix + "."):
                 _put(self.model, name, buffer.to(self.device), buffer=True)
@@ -321,7 +339,22 @@ def _same(a, b) -> bool:
     return type(a) is type(b)
 
 
-def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device, prefix: str = "") -> None:
+def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{name} holds NaN or infinite values; the checkpoint is damaged or was trained to "
+            "divergence. Get another copy."
+        )
+    return tensor
+
+
+def _fill(
+    module: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    device,
+    dtype: torch.dtype,
+    prefix: str = "",
+) -> None:
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(prefix)
         is_buffer = name not in dict(module.named_parameters(remove_duplicate=False))
@@ -332,7 +365,8 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device, prefix: s
                 f"{full_name} holds {tensor.dtype}, and config.json tells no quantization that it "
                 "is of; get the dense checkpoint."
             )
-        _put(module, name, tensor.to(device), buffer=is_buffer)
+        dtype_here = dtype if tensor.is_floating_point() else tensor.dtype
+        _put(module, name, tensor.to(device, dtype_here), buffer=is_buffer)
 
 
 def _check_shape(name: str, stored: tuple[int, ...] | None, wanted: torch.Size) -> None:

@@ -32,16 +32,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness import distributed, writer
+from harness import distributed, precision, writer
 from harness.errors import UserError
-from harness.tensors import Weights
 
 SCHEDULES = ("cosine", "constant")
 DIVERGED = (
     ": training diverged; lower the learning rate (with --no-resume), or use --dtype float32."
 )
-
-GPU_ONLY = "float16 trains on GPUs only; use --dtype bfloat16 or float32."
 
 
 class Diverged(UserError):
@@ -174,16 +171,6 @@ def memory_knobs():
         ) from error
 
 
-def compute_dtype(dtype: str, folder: Path) -> str:
-    """The name of the dtype to train in: auto is float32 where the checkpoint is stored so, else
-    bfloat16. float16 has to be asked for, and needs a GPU."""
-    if dtype == "float16" and not torch.cuda.is_available():
-        raise UserError(GPU_ONLY)
-    if dtype != "auto":
-        return dtype
-    return "float32" if Weights(folder).dtype == torch.float32 else "bfloat16"
-
-
 def start(model: torch.nn.Module, training: Training):
     """DeepSpeed's engine around ``model``; its parameters that require gradients are trained.
 
@@ -193,7 +180,7 @@ def start(model: torch.nn.Module, training: Training):
 
     dtype = next(model.parameters()).dtype
     if dtype == torch.float16 and not torch.cuda.is_available():
-        raise UserError(GPU_ONLY)
+        raise UserError(precision.GPU_ONLY)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -338,6 +325,25 @@ def weights(engine) -> dict[str, torch.Tensor] | None:
     if engine.zero_optimization_stage() == 3:
         return engine._zero3_consolidated_16bit_state_dict()
     return engine.module.state_dict() if distributed.rank() == 0 else None
+
+
+@contextmanager
+def rounded(engine, names: list[str], dtype: torch.dtype):
+    """Inside, the parameters ``names`` of ``engine.module`` have values that ``dtype`` holds, at
+    any ZeRO stage; afterwards their own again."""
+    every = dict(engine.module.named_parameters())
+    # At stage 3 a rank holds its part of a parameter, of small ones the whole beside it.
+    held = [getattr(every[name], "ds_tensor", every[name]).data for name in names]
+    held += [every[name].data for name in names if hasattr(every[name], "ds_tensor")]
+    held = [tensor for tensor in held if not precision.holds(dtype, tensor.dtype)]
+    kept = [tensor.clone() for tensor in held]
+    for tensor in held:
+        tensor.copy_(tensor.to(dtype))
+    try:
+        yield
+    finally:
+        for tensor, values in zip(held, kept, strict=True):
+            tensor.copy_(values)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import card, report
+from harness import card, precision, report
 from harness.errors import UserError
 from harness.measures import (
     Step,
@@ -152,14 +152,11 @@ def describe(subject: Subject, steps: list[Step], path: Path) -> str:
     from harness.macs import skeleton
 
     parameters = sum(p.numel() for p in skeleton(subject.config).parameters())
-    dtype = subject.args.dtype
-    if dtype == "auto":
-        dtype = str(getattr(subject.config, "dtype", None) or "float32").removeprefix("torch.")
-    size = parameters * (4 if dtype == "float32" else 2) / 1e9
+    size = parameters * subject.dtype.itemsize / 1e9
     logits = subject.seqlen * subject.config.get_text_config().vocab_size * 4 / 1e9
     lines = [
-        f"model {subject.args.model}: {parameters / 1e6:,.1f} M parameters, {dtype} on "
-        f"{subject.device}",
+        f"model {subject.args.model}: {parameters / 1e6:,.1f} M parameters, "
+        f"{precision.name(subject.dtype)} on {subject.device}",
         f"memory: about {size:.2f} GB of weights (one block of them with --block-by-block) + "
         f"{logits:.2f} GB of logits per window",
     ]

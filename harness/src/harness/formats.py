@@ -4,16 +4,17 @@ Legend: O out features, I in features, G groups per row.
 
 | format | tensors of one linear X |
 | --- | --- |
-| compressed-tensors | X.weight_packed int32 [O, ceil(I / (32 // bits))], X.weight_scale [O, G], |
+| compressed-tensors | X.weight_packed int32 [O, ceil(I * bits / 32)], X.weight_scale [O, G], |
 |                    | X.weight_shape int64 [2]; asymmetric: X.weight_zero_point int32, along O |
 | gptq               | X.qweight int32 [I * bits / 32, O], X.qzeros int32 [G, O * bits / 32], |
 |                    | X.scales float16 [G, O], X.g_idx int32 [I] |
 | bitmask            | a pruned matrix without its zeros: bitmask.py |
 
-The first is packed by the compressed-tensors library itself: 32 // bits values per word, so that 3
-bits take 3.2. GPTQ's words hold a plain little-endian bit stream (3-bit values straddle words).
-Version 1 stores zero - 1; an asymmetric zero of 0 does not fit there, so asymmetric results are
-written as version 2, which stores the zero itself.
+The words of both hold a plain little-endian bit stream, in which values of 3, 5, 6 and 7 bits
+straddle words. Before its version 0.19 the compressed-tensors library packed 32 // bits values into
+a word and left the rest of it zero, so that 3 bits took 3.2: such files are read, none are written.
+GPTQ's version 1 stores zero - 1; an asymmetric zero of 0 does not fit there, so asymmetric results
+are written as version 2, which stores the zero itself.
 """
 
 from collections.abc import Iterable
@@ -35,9 +36,10 @@ SUFFIXES = {
 }
 
 
-def scale_dtype(layout: str, model_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which ``layout`` stores scales: GPTQ kernels read float16 only."""
-    return torch.float16 if layout == "gptq" else model_dtype
+def scale_dtype(layout: str, stored: torch.dtype) -> torch.dtype:
+    """The dtype in which ``layout`` stores scales of a checkpoint in ``stored``: GPTQ kernels read
+    float16 only."""
+    return torch.float16 if layout == "gptq" else stored
 
 
 def check(layout: str, grid: Grid, shapes: dict[str, tuple[int, int]]) -> None:
@@ -73,6 +75,16 @@ def encode(name: str, weight: QuantizedWeight, layout: str) -> dict[str, torch.T
     return {f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()}
 
 
+def nbytes(layout: str, grid: Grid, rows: int, columns: int, item: int) -> int:
+    """Bytes of what :func:`encode` makes of an O x I matrix, its scales ``item`` bytes each."""
+    groups = columns // grid.columns_per_group(columns)
+    words = rows * -(-columns * grid.bits // 32)
+    zeros = groups * -(-rows * grid.bits // 32)
+    if layout == "gptq":
+        return 4 * (words + zeros + columns) + 2 * rows * groups
+    return 4 * (words + (0 if grid.symmetric else zeros)) + item * rows * groups + 16
+
+
 def decode(read, name: str, layout: str, config: dict) -> QuantizedWeight:
     """Inverse of :func:`encode`; ``read(tensor_name)`` returns a stored tensor.
 
@@ -84,15 +96,31 @@ def decode(read, name: str, layout: str, config: dict) -> QuantizedWeight:
 
 
 def matrix(
-    read, name: str, layout: str, config: dict, dtype: torch.dtype, conv1d: bool
+    read,
+    name: str,
+    layout: str,
+    config: dict,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    conv1d: bool,
 ) -> torch.Tensor:
-    """The matrix that linear ``name`` is stored for, as the model's state dict holds it.
+    """The matrix that linear ``name`` is stored for, as the model's state dict holds it, to compute
+    with in ``dtype``.
+
+    Codes times scales are rounded to the dtype ``stored`` of the checkpoint, as a dense one would
+    hold them, and so one file gives one model whatever is computed in. transformers does so where
+    ``config`` has "dequantize", as ours do; elsewhere it takes the scales to ``dtype`` first.
 
     ``conv1d``: the model holds [in, out] where packed layouts hold [out, in].
     """
     if layout == "bitmask":
         return bitmask.decode(read, name).to(dtype)
-    dense = decode(read, name, layout, config).dequantize(dtype)
+    weight = decode(read, name, layout, config)
+    if layout == "compressed-tensors":
+        if not config.get("dequantize"):
+            weight.scale = weight.scale.to(dtype)
+        stored = weight.scale.dtype
+    dense = weight.dequantize(stored).to(dtype)
     return dense.T.contiguous() if conv1d else dense
 
 
@@ -128,6 +156,9 @@ def quantization_config(grid: Grid | None, layout: str, actorder: bool, ignore: 
         "quantization_status": "compressed",
         "ignore": ignore,
         "config_groups": {"group_0": group},
+        # For transformers: unpack while loading, not at the first forward. That way alone it reads
+        # zero points (5.24 with compressed-tensors 0.20), and rounds as :func:`matrix` says.
+        "dequantize": True,
     }
 
 
@@ -156,37 +187,50 @@ def layout_of(config: dict | None) -> str:
 
 
 def _encode_compressed_tensors(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    bits, offset = weight.grid.bits, 2 ** (weight.grid.bits - 1)
-    signed = (weight.codes.to(torch.int16) - offset).to(torch.int8)
+    bits = weight.grid.bits
     tensors = {
-        "weight_packed": pack_to_int32(signed, bits),
+        "weight_packed": pack_bits(weight.codes, bits),
         "weight_scale": weight.scale,
-        "weight_shape": torch.tensor(weight.codes.shape),
+        "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if not weight.grid.symmetric:
-        zero = (weight.zero.to(torch.int16) - offset).to(torch.int8)
-        tensors["weight_zero_point"] = pack_to_int32(zero, bits, packed_dim=0)
+        tensors["weight_zero_point"] = pack_bits(weight.zero.T, bits).T
     return tensors
 
 
 def _decode_compressed_tensors(read, name: str, config: dict) -> QuantizedWeight:
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
     grid = grid_of(config)
-    offset = 2 ** (grid.bits - 1)
-    shape = torch.Size(read(f"{name}.weight_shape").tolist())
+    rows, columns = read(f"{name}.weight_shape").tolist()
     scale = read(f"{name}.weight_scale")
-    signed = unpack_from_int32(read(f"{name}.weight_packed"), grid.bits, shape)
+    codes = _unpack(read(f"{name}.weight_packed"), grid.bits, columns, f"{name}.weight_packed")
     if grid.symmetric:
-        zero = torch.full(scale.shape, offset, dtype=torch.uint8)
+        zero = torch.full(scale.shape, 2 ** (grid.bits - 1), dtype=torch.uint8)
     else:
-        packed = read(f"{name}.weight_zero_point")
-        zero = unpack_from_int32(packed, grid.bits, scale.shape, packed_dim=0)
-        zero = (zero.to(torch.int16) + offset).to(torch.uint8)
-    codes = (signed.to(torch.int16) + offset).to(torch.uint8)
+        packed = f"{name}.weight_zero_point"
+        zero = _unpack(read(packed).T, grid.bits, rows, packed).T
     return QuantizedWeight(codes, scale, zero, grid)
+
+
+def _unpack(words: torch.Tensor, bits: int, columns: int, name: str) -> torch.Tensor:
+    """Codes uint8 [R, columns] from int32 [R, W], of either packing of compressed-tensors.
+
+    The number of words tells them apart, but for a few narrow matrices: there those are of the new
+    packing whose bits behind the last value are zero.
+    """
+    per_word = 32 // bits
+    old, new = -(-columns // per_word), -(-columns * bits // 32)
+    if words.shape[1] not in (old, new):
+        raise UserError(
+            f"{name} has {words.shape[1]} words a row; {columns} values of {bits} bits take {new} "
+            f"(before compressed-tensors 0.19 {old}). The checkpoint is damaged, get another copy."
+        )
+    array = np.ascontiguousarray(words.numpy()).view(np.uint32)
+    behind = columns * bits - 32 * (new - 1)
+    if words.shape[1] == new and (old != new or behind == 32 or not (array[:, -1] >> behind).any()):
+        return unpack_bits(words, bits)[:, :columns].contiguous()
+    steps = np.arange(0, bits * per_word, bits, dtype=np.uint32)
+    codes = (array[..., None] >> steps & np.uint32(2**bits - 1)).astype(np.uint8)
+    return torch.from_numpy(codes.reshape(len(array), -1)[:, :columns].copy())
 
 
 def _encode_gptq(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -215,16 +259,24 @@ def _decode_gptq(read, name: str, config: dict) -> QuantizedWeight:
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 [R, C] -> int32 [R, C * bits / 32], a little-endian bit stream along each row."""
+    """Codes uint8 [R, C] -> int32 [R, ceil(C * bits / 32)], a little-endian bit stream along each
+    row; the last word's free bits are zero."""
     array = np.ascontiguousarray(codes.cpu().numpy())
+    rows, columns = array.shape
     stream = np.unpackbits(array[..., None], axis=-1, count=bits, bitorder="little")
-    packed = np.packbits(stream.reshape(len(array), -1), axis=1, bitorder="little")
-    return torch.from_numpy(packed.view(np.int32))
+    packed = np.packbits(stream.reshape(rows, -1), axis=1, bitorder="little")
+    words = np.zeros((rows, 4 * -(-columns * bits // 32)), np.uint8)
+    words[:, : packed.shape[1]] = packed
+    return torch.from_numpy(words.view(np.int32))
 
 
 def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of :func:`pack_bits`: int32 [R, W] -> uint8 [R, W * 32 / bits]."""
+    """Inverse of :func:`pack_bits`: int32 [R, W] -> uint8 [R, 32 * W // bits], what the free bits
+    hold with the rest."""
     array = np.ascontiguousarray(packed.numpy()).view(np.uint8)
-    stream = np.unpackbits(array, axis=1, bitorder="little").reshape(len(array), -1, bits)
-    codes = np.packbits(stream, axis=-1, bitorder="little")
+    stream = np.unpackbits(array, axis=1, bitorder="little")
+    count = stream.shape[1] // bits
+    codes = np.packbits(
+        stream[:, : count * bits].reshape(len(array), count, bits), axis=-1, bitorder="little"
+    )
     return torch.from_numpy(codes[..., 0].copy())

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from harness import checkpoint, data, files, formats, sparsity
+from harness import checkpoint, data, files, formats, precision, sparsity, vllm_loading
 from harness.errors import UserError
 from harness.footprint import linear_shapes, loaded_bits_per_weight, memory_bytes, stored_size
 from harness.perplexity import context_length, window_length
@@ -35,7 +35,15 @@ class Subject:
         self.config = checkpoint.load_config(self.folder)
         self.device = checkpoint.pick_device(args.device)
         self.seqlen = window_length(self.config, args.seqlen)
-        self.numerics = {"dtype": args.dtype, "load": args.load}
+        quantization = files.read_json(self.folder / "config.json").get("quantization_config")
+        # How the weights are stored, one of harness.formats' or "other", which only vLLM measures.
+        self.layout = formats.layout_of(quantization)
+        known = self.layout != "other"
+        self.stored_dtype = Weights(self.folder).dtype if known else self.config.dtype
+        self.dtype = precision.choose(args.dtype, self.stored_dtype, self.device, args.model)
+        self.numerics = {
+            "dtype": precision.record(self.dtype, self.stored_dtype), "load": args.load,
+        }  # fmt: skip
 
     @cached_property
     def tokenizer(self):
@@ -48,7 +56,7 @@ class Subject:
         return self.load(self.folder, self.args.load)
 
     def load(self, folder: Path, how: str | None = None):
-        return checkpoint.load_model(folder, device=self.device, dtype=self.args.dtype, load=how)
+        return checkpoint.load_model(folder, device=self.device, dtype=self.dtype, load=how)
 
     @cached_property
     def macs(self) -> dict[str, int]:
@@ -56,19 +64,11 @@ class Subject:
 
         return macs_per_token(skeleton(self.config), self.seqlen, linear_shapes(self.folder))
 
-    @cached_property
-    def layout(self) -> str:
-        """How the weights are stored, one of harness.formats' or "other"."""
-        return formats.layout_of(
-            files.read_json(self.folder / "config.json").get("quantization_config")
-        )
-
     def stream(self, folder: Path, windows):
         """(start, logits) of the checkpoint in `folder`, a block in memory at a time."""
         from harness.decoder import stream_logits
 
-        dtype = None if self.args.dtype == "auto" else checkpoint.parse_dtype(self.args.dtype)
-        return stream_logits(folder, windows, device=self.device, dtype=dtype, batch_size=1)
+        return stream_logits(folder, windows, device=self.device, dtype=self.dtype, batch_size=1)
 
     def windows(self, dataset: str):
         """Token windows int64 [N, T] of an evaluation text, and how it was cut."""
@@ -105,7 +105,7 @@ def footprint_step(subject: Subject, loads: bool) -> Step:
             row("MB", stored / 1e6, 2, protocol=where, main=True),
         ]
         if memory and not load:
-            kind = f"parameters and buffers, {str(subject.model.dtype).removeprefix('torch.')}"
+            kind = f"parameters and buffers, {precision.name(subject.model.dtype)}"
             rows.append(row("MB in memory", memory / 1e6, 2, protocol=kind))
         protocol = f"multiply-accumulates; attention over {subject.seqlen} keys"
         rows.append(row("MMAC/token", subject.macs["total"] / 1e6, 2, protocol=protocol))
@@ -127,7 +127,7 @@ def _zeros(subject: Subject, loaded: bool) -> sparsity.Sparsity | None:
         return None
     if not loaded:
         return sparsity.of_checkpoint(subject.folder)
-    return sparsity.of_model(subject.model, Weights(subject.folder).dtype.itemsize)
+    return sparsity.of_model(subject.model, subject.stored_dtype.itemsize)
 
 
 def _zeros_rows(layout: str, zeros: sparsity.Sparsity, disk: int) -> list[dict]:
@@ -330,11 +330,14 @@ def speed_step(subject: Subject) -> Step:
             f"vLLM does not read bitmask checkpoints; make it dense first: harness convert "
             f"{args.model} --format dense --out DENSE"
         )
+    if args.engine == "vllm":
+        vllm_loading.check(subject.folder)
 
     def measure():
         sizes = {"batch_size": batch, "prompt": prompt, "new": new, "seed": args.seed}
         if args.engine == "vllm":
-            result = speed.measure_vllm(subject.folder, dtype=args.dtype, **sizes)
+            dtype = args.dtype if subject.layout != "dense" else precision.name(subject.dtype)
+            result = speed.measure_vllm(subject.folder, dtype=dtype, **sizes)
         else:
             result = speed.measure(subject.model, **sizes)
         protocol = f"{args.engine} on {result.device}, batch {batch}, median of {result.repeats}"

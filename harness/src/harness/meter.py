@@ -4,7 +4,7 @@ import sys
 import time
 
 from harness import distributed
-from harness.progress import SECONDS_BETWEEN_LINES
+from harness.progress import SECONDS_BETWEEN_LINES, time_left
 
 BAR = "{desc} {n_fmt}/{total_fmt} {bar} {elapsed}<{remaining} {postfix}"
 
@@ -29,7 +29,7 @@ class Meter:
     """Losses, learning rate and tokens per second beside the steps that are done."""
 
     def __init__(self, label: str, steps: int, done: int, tokens: int):
-        self.label, self.steps, self.first_tokens = label, steps, tokens
+        self.label, self.steps, self.done, self.first_tokens = label, steps, done, tokens
         self.start = self.last = time.perf_counter()
         self.silent = distributed.rank() > 0
         self.bar = None
@@ -50,7 +50,8 @@ class Meter:
             self.bar.update(step - self.bar.n)
             return
         self.last = now
-        print(f"{self.label}: step {step}/{self.steps}, {text}", file=sys.stderr)
+        left = time_left(now - self.start, step - self.done, self.steps - self.done)
+        print(f"{self.label}: step {step}/{self.steps}, {text}, {left}", file=sys.stderr)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -6,29 +6,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
-from harness import distributed, formats, writer
+from harness import distributed, formats, precision, writer
 from harness.sequential import Method
 from harness.sparsity import nominal_ratio
 from harness.stages import get_matrix, linears
 
-# (shapes [(out, in)] of a block's linears, tokens, bytes of the hidden states, bytes per number) ->
+# Name -> (out, in) of a block's linears.
+Shapes = dict[str, tuple[int, int]]
+# (shapes, tokens, bytes of the hidden states, bytes per number) ->
 # (multiply-adds in the model's dtype, in float32, bytes beside the block's weights).
-Cost = Callable[[list[tuple[int, int]], int, int, int], tuple[float, float, float]]
+Cost = Callable[[Shapes, int, int, int], tuple[float, float, float]]
+# Bytes of float32 copies, codes and errors that a solver has of a stage's weights (six copies), and
+# of its matrix of second moments (five), at the worst moment.
+OF_WEIGHTS, OF_MOMENTS = 24, 20
+# Bytes of the JSON that a tensor, and a row of the log, take.
+HEADER, ROW = 200, 400
 
 
-def hessian_cost(shapes, tokens, hidden, item) -> tuple[float, float, float]:
-    """Of a pass that gathers second moments and solves with them, O x I x I a linear."""
-    forward = tokens * sum(o * i for o, i in shapes)
-    solver = sum(tokens * i * i / 2 + o * i * i for o, i in shapes)
-    widest = max(i for _, i in shapes)
-    return forward, solver, hidden + 16 * widest**2 + activation_bytes(shapes, tokens, item)
+def hessian_cost(shapes: Shapes, tokens, hidden, item) -> tuple[float, float, float]:
+    """Of a pass that gathers second moments and solves with them, O x I x I a stage."""
+    forward = tokens * sum(o * i for o, i in shapes.values())
+    stages = likely_stages(shapes)
+    solver = sum(tokens * i * i / 2 + o * i * i for o, i in stages)
+    solving = max(OF_MOMENTS * i * i + OF_WEIGHTS * o * i for o, i in stages)
+    return forward, solver, hidden + solving + activation_bytes(shapes, tokens, item)
 
 
-def activation_bytes(shapes, tokens: int, item: int) -> int:
-    """Inputs and outputs of a block's linears."""
-    return tokens * sum(o + i for o, i in shapes) * item
+def likely_stages(shapes: Shapes) -> list[tuple[int, int]]:
+    """(out, in) of linears of one module with inputs of one width, taken together: what feeds them
+    may be one tensor."""
+    together = {}
+    for name, (rows, columns) in shapes.items():
+        key = (name.rpartition(".")[0], columns)
+        together[key] = together.get(key, 0) + rows
+    return [(rows, columns) for (_, columns), rows in together.items()]
+
+
+def activation_bytes(shapes: Shapes, tokens: int, item: int) -> int:
+    """Inputs and outputs of a block's linears, and what lies between two of them."""
+    widest = max(max(shape) for shape in shapes.values())
+    return tokens * (sum(o + i for o, i in shapes.values()) + 2 * widest) * item
 
 
 def print_plan(
@@ -37,7 +57,8 @@ def print_plan(
     """Print the plan of :func:`harness.sequential.compress` block by block.
 
     Time is what the multiply-adds alone take, at the speed of large products, each dtype's timed
-    for a quarter of a second: about right for large models, too little for tiny ones.
+    for a quarter of a second: about right for large models, too little for tiny ones. Memory holds
+    what this process has taken already.
 
     Args:
         tokens: calibration tokens in all windows (0: no data is looked at).
@@ -50,39 +71,54 @@ def print_plan(
     speed, exact = (
         multiply_adds_per_second(decoder.device, dtype) for dtype in (decoder.dtype, torch.float32)
     )
-    packed = method.grid and method.layout not in formats.PRUNED_FORMATS
-    bits = method.grid.bits if packed else None
-    kept = 1 - (nominal_ratio(method.settings) or 0) + 1 / (8 * decoder.dtype.itemsize)
-    share = min(kept, 1) if method.layout == "bitmask" else 1
-    item = decoder.dtype.itemsize
-    print(f"{method.name}: {len(decoder)} blocks -> {out} ({method.layout}, {decoder.dtype})")
+    item, stored = decoder.dtype.itemsize, decoder.stored_dtype.itemsize
+    print(
+        f"{method.name}: {len(decoder)} blocks -> {out} ({method.layout}, computed in "
+        f"{precision.name(decoder.dtype)}, stored in {precision.name(decoder.stored_dtype)})"
+    )
     print("| blocks | linears | weights (M) | memory (GB) | disk (MB) | time (s) |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    outer = decoder.outer_size()
+    begun = psutil.Process().memory_info().rss
+    begun += 0 if decoder.device.type == "cuda" else outer * item
     total_disk = total_time = peak = 0.0
-    for first, last, shapes in _same_blocks(decoder):
-        weights = sum(o * i for o, i in shapes)
-        widest = max(i for _, i in shapes)
+    for first, last, shapes, others in _same_blocks(decoder):
+        weights = sum(o * i for o, i in shapes.values())
         hidden = tokens * decoder.config.hidden_size * item
-        work, exact_work, more = cost(shapes, tokens, hidden, item) if tokens else (0, 0, 0)
-        memory = (weights * item + more) / 1e9
-        scales = weights / method.grid.columns_per_group(widest) * item if bits else 0
-        disk = (weights * bits / 8 + scales if bits else weights * item * share) / 1e6
+        largest = max(o * i for o, i in shapes.values())
+        work, exact_work, more = (
+            cost(shapes, tokens, hidden, item) if tokens else (0, 0, OF_WEIGHTS * largest)
+        )
+        # The result waits for the disk while the block's own weights are there.
+        memory = begun + (weights + others) * (item + stored) + more
+        disk = sum(_linear_bytes(method, *shape, stored) for shape in shapes.values())
+        disk += others * stored
         seconds = work / speed + exact_work / exact if tokens else weights / 1e8
         count = last - first + 1
         name = f"{first}" if count == 1 else f"{first}-{last}, each"
         print(
-            f"| {name} | {len(shapes)} | {weights / 1e6:.2f} | {memory:.2f} | {disk:.1f} | "
-            f"{seconds:.1f} |"
+            f"| {name} | {len(shapes)} | {weights / 1e6:.2f} | {memory / 1e9:.2f} | "
+            f"{disk / 1e6:.1f} | {seconds:.1f} |"
         )
-        total_disk += disk * count
+        total_disk += disk * count + count * len(shapes) * (4 * HEADER + ROW)
         total_time += seconds * count
         peak = max(peak, memory)
-    outer = decoder.outer_size()
-    total_disk += outer * item / 1e6
+    total_disk += outer * stored + writer.side_bytes(decoder.weights.folder) + 10 * ROW
     print(
-        f"in all: at most about {peak + outer * item / 1e9:.2f} GB of memory, {total_disk:.1f} MB "
-        f"of disk, {total_time / 60:.1f} minutes"
+        f"in all: at most about {peak / 1e9:.2f} GB of memory, {total_disk / 1e6:.1f} MB of disk, "
+        f"{total_time / 60:.1f} minutes"
     )
+
+
+def _linear_bytes(method: Method, rows: int, columns: int, item: int) -> float:
+    """Of one linear's tensors in the result."""
+    if method.grid is not None and method.layout not in formats.PRUNED_FORMATS:
+        return formats.nbytes(method.layout, method.grid, rows, columns, item)
+    dense = rows * columns * item
+    if method.layout != "bitmask":
+        return dense
+    kept = 1 - (nominal_ratio(method.settings) or 0)
+    return min(dense, kept * dense + rows * -(-columns // 8) + 16)
 
 
 class TrainingCost(NamedTuple):
@@ -94,30 +130,34 @@ class TrainingCost(NamedTuple):
     disk: float
 
 
-def training_cost(parameters: int, trained: int, item: int, zero: int) -> TrainingCost:
+def training_cost(parameters: int, trained: int, item: int, stored: int, zero: int) -> TrainingCost:
     """What ``harness.trainer.train`` takes for a model of ``parameters`` numbers, ``trained`` of
-    them trained, of ``item`` bytes each, at this ZeRO stage."""
+    them trained, of ``item`` bytes each while it runs and ``stored`` in the result, at this ZeRO
+    stage."""
     ranks = distributed.world_size()
     # AdamW's two moments, and a float32 copy: ZeRO makes one of float32 weights too.
     optimizer = trained * (12 if zero or item == 2 else 8)
     states = optimizer / (ranks if zero else 1)
     gradients = trained * item / (ranks if zero > 1 else 1)
     weights = parameters * item / (ranks if zero > 2 else 1)
-    best, state, result = trained * item, trained * item + optimizer, parameters * item
+    best, state, result = trained * item, trained * item + optimizer, parameters * stored
     # The last state and its best weights, newer ones, and the next state or the result.
     disk = 2 * best + state + max(state, result)
     return TrainingCost(states + gradients + weights, result, disk)
 
 
-def _same_blocks(decoder):
-    """Runs of blocks with equal shapes: (first, last, [(out, in)])."""
+def _same_blocks(decoder) -> list[tuple[int, int, Shapes, int]]:
+    """Runs of blocks with equal shapes: first, last, those of the linears, and how many numbers the
+    block has beside them."""
     runs = []
     for index, block in enumerate(decoder.blocks):
-        shapes = [tuple(get_matrix(m).shape) for m in linears(block).values()]
-        if runs and runs[-1][2] == shapes:
+        shapes = {name: tuple(get_matrix(m).shape) for name, m in linears(block).items()}
+        others = sum(p.numel() for p in block.parameters())
+        others -= sum(o * i for o, i in shapes.values())
+        if runs and runs[-1][2:] == [shapes, others]:
             runs[-1][1] = index
         else:
-            runs.append([index, index, shapes])
+            runs.append([index, index, shapes, others])
     return runs
 
 

@@ -10,6 +10,14 @@ Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 30.0
 
 
+def time_left(seconds: float, done: int, total: int) -> str:
+    """ "about 4 min left", when ``done`` of ``total`` took so many seconds."""
+    left = seconds * (total - done) / max(done, 1)
+    if left < 100:
+        return f"about {left:.0f} s left"
+    return f"about {left / 60:.0f} min left" if left < 6000 else f"about {left / 3600:.1f} h left"
+
+
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
     """Yield `items`, showing how many of `total` (default `len(items)`) are done.
 
@@ -31,5 +39,6 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
         now = time.perf_counter()
         if now - last > SECONDS_BETWEEN_LINES and done != total:
             last = now
-            print(f"{label}: {done}{of}, {now - start:.0f} s", file=sys.stderr)
+            left = f", {time_left(now - start, done, total)}" if total else ""
+            print(f"{label}: {done}{of}, {now - start:.0f} s{left}", file=sys.stderr)
     print(f"{label}: {done}{of}, {time.perf_counter() - start:.1f} s", file=sys.stderr)

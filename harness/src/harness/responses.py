@@ -18,7 +18,7 @@ from torch import Tensor
 from harness import checkpoint, distributed
 from harness.errors import UserError
 from harness.progress import track
-from harness.speed import start_vllm
+from harness.vllm_loading import start_vllm
 
 # From prompts (token ids) and a seed each to the token ids of responses, without the end token.
 Ask = Callable[[list[list[int]], list[int]], list[list[int]]]
@@ -73,7 +73,8 @@ def open_engine(
     args, folder, device: str, tokenizer, sampling: Sampling, longest: int, gpus: int | None = None
 ) -> Ask:
     """The engine of --engine, with the model at ``folder`` in it; ``longest`` tokens at most, with
-    the prompt; in vLLM on ``gpus`` GPUs (None: on all)."""
+    the prompt; in vLLM on ``gpus`` GPUs (None: on all). --dtype is resolved
+    (:func:`harness.vllm_loading.dtype_for`)."""
     if args.engine == "vllm":
         return vllm_engine(folder, tokenizer, sampling, longest, args.dtype, gpus)
     if not sys.stderr.isatty():

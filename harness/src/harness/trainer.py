@@ -1,6 +1,9 @@
 """The training loop of every trainer of the house, on DeepSpeed (engine.py): batches in, the best
 checkpoint out, and a run killed at any moment goes on as if nothing had been.
 
+What is written has the dtype of the checkpoint that it was made from, whatever is trained in, and
+the looks are at weights that are rounded to it.
+
 Files of a run: ``OUT.partial.json`` says what run it is; ``OUT.partial/`` holds the last state, the
 best weights so far and TensorBoard's events; at the end ``OUT`` is put together there and renamed.
 Nothing random is kept: data order and dropout follow from the seed and the number of the step.
@@ -17,9 +20,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from harness import checkpoint, distributed, engine, save, writer
+from harness import checkpoint, distributed, engine, precision, save, writer
 from harness.engine import Diverged, Training
 from harness.meter import Meter
+from harness.tensors import Weights
 
 Finished = torch.nn.Module | tuple[torch.nn.Module, save.Side]
 BETTER = {"lower": lambda new, old: new < old, "higher": lambda new, old: new > old}
@@ -55,6 +59,7 @@ def train(
     eval_steps: int | None = None,
     save_steps: int | None = None,
     boundary: Callable[[int], bool] | None = None,
+    stored: list[str] | None = None,
     finish: Callable[[dict[str, torch.Tensor]], Finished] | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -78,8 +83,10 @@ def train(
         better: "lower" or "higher" values.
         save_steps: steps between saved states (default: ``eval_steps``).
         boundary: whether a state may be saved after so many steps; it waits until one may.
+        stored: the trained parameters that the result holds as they are (default: all).
         finish: trained tensors by parameter name, on the CPU -> the model to be written, or it and
-            files beside it, on rank 0 (default: ``source`` with them put in).
+            files beside it, on rank 0, in the dtype of ``source`` (default: ``source`` with them
+            put in).
 
     Returns:
         rows (a look each), best, best_step, steps, tokens, seconds.
@@ -90,7 +97,9 @@ def train(
     """
     run = _Run(Path(out), identity, overwrite, resume)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    dtype, mode = next(model.parameters()).dtype, model.training
+    stored = trained if stored is None else stored
+    mode, dtype = model.training, Weights(source).dtype
+    step_entry |= {"dtype": precision.record(next(model.parameters()).dtype, dtype)}
     running = engine.start(model, training)
     progress = run.load(running)
     clock = time.perf_counter() - progress.seconds
@@ -99,7 +108,8 @@ def train(
     def look():
         if evaluate:
             running.eval()
-            _look(run, running, trained, progress, evaluate(running, progress.step), better)
+            with engine.rounded(running, stored, dtype):
+                _look(run, running, trained, progress, evaluate(running, progress.step), better)
             running.train(mode)
 
     def save_state():
@@ -151,7 +161,7 @@ def train(
     if progress.best_step is None:
         run.keep_best(running, trained, progress.step)
         progress.best_step = progress.step
-    finish = finish or (lambda tensors: put_in(checkpoint.load_model(source), tensors, dtype))
+    finish = finish or (lambda tensors: put_in(source_model(source), tensors))
     distributed.lead(lambda: run.write(progress, finish, source, step_entry, overwrite))
     return {
         "rows": progress.rows, "best": progress.best, "best_step": progress.best_step,
@@ -159,10 +169,14 @@ def train(
     }  # fmt: skip
 
 
+def source_model(folder: Path):
+    """The checkpoint in ``folder`` as it is stored, on the CPU."""
+    return checkpoint.load_model(folder, dtype=Weights(folder).dtype)
+
+
 @torch.no_grad()
-def put_in(model, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
-    """``model`` in ``dtype`` with the parameters ``tensors``, by name."""
-    model = model.to(dtype)
+def put_in(model, tensors: dict[str, torch.Tensor]):
+    """``model`` with the parameters ``tensors``, by name, in its own dtype."""
     for name, tensor in tensors.items():
         model.get_parameter(name).copy_(tensor)
     return model

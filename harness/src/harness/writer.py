@@ -34,7 +34,6 @@ SIDE_FILES = (
     "*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
-    "recipe.yaml",
 )
 
 
@@ -235,9 +234,11 @@ def refuse_other_run(partial: Path, old: dict, new: dict) -> None:
         if isinstance(values, dict) and isinstance(before, dict):
             key = next(k for k in {**before, **values} if before.get(k) != values.get(k))
             where = f"{part}, {key}: {before.get(key)} there, {values.get(key)} now"
+        # With auto the same command chooses otherwise on a machine of another kind.
+        again = f"add --dtype {before['dtype']}" if where.startswith("settings, dtype:") else ""
         raise UserError(
-            f"{partial} was begun by another run ({where}); repeat that command, choose "
-            "another --out, or start afresh with --no-resume."
+            f"{partial} was begun by another run ({where}); {again or 'repeat that command'}, "
+            "choose another --out, or start afresh with --no-resume."
         )
 
 
@@ -283,10 +284,17 @@ def _sweep(out: Path) -> None:
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Tokenizer and generation settings, byte for byte."""
-    for pattern in SIDE_FILES:
-        for path in source.glob(pattern):
-            if pattern != "recipe.yaml":
-                shutil.copyfile(path, target / path.name)
+    for path in _side_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def side_bytes(source: Path) -> int:
+    """Of what :func:`copy_side_files` copies."""
+    return sum(path.stat().st_size for path in _side_files(source))
+
+
+def _side_files(source: Path) -> set[Path]:
+    return {path for pattern in SIDE_FILES for path in source.glob(pattern)}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -359,14 +367,14 @@ def decode_block(
     tensors: dict[str, torch.Tensor],
     layout: str,
     quantization: dict | None,
-    dtype: torch.dtype,
+    stored: torch.dtype,
     conv1d: bool,
 ) -> dict[str, torch.Tensor]:
-    """Logical tensors of a stored block, as the model holds them: packed linears unpacked."""
+    """Logical tensors of a block of a checkpoint in ``stored``: packed linears unpacked, in it."""
     packed, plain = formats.split_names(tensors, layout)
     logical = {name: tensors[name] for name in plain}
     for name in packed:
         logical[f"{name}.weight"] = formats.matrix(
-            tensors.__getitem__, name, layout, quantization, dtype, conv1d
+            tensors.__getitem__, name, layout, quantization, stored, stored, conv1d
         )
     return logical

@@ -29,12 +29,15 @@ def test_a_result_and_its_export_generate_what_the_dense_twin_does(tmp_path):
     assert export.main([str(result), "--out", str(packed)]) == 0
     tokenizer = checkpoint.load_tokenizer("tiny-llama")
     prompts = [tokenizer(text)["input_ids"] for text in vllm_tokens.TEXTS]
-    tokens, log = vllm_tokens.ask([result, packed], prompts, tmp_path)
-    assert "Kernel for CompressedTensors" in log
+    folders = [result, packed] if vllm_tokens.packs() else [result]
+    tokens, log = vllm_tokens.ask(folders, prompts, tmp_path)
 
-    twin = checkpoint.load_model(result)
+    twin = checkpoint.load_model(result, dtype=torch.bfloat16)
     expected = vllm_tokens.transformers_tokens(twin, prompts)
     eps, exact = torch.finfo(twin.dtype).eps, twin.float()
-    for folder in (result, packed):
+    for folder in folders:
         agreed = vllm_tokens.agreement(exact, eps, prompts, tokens[str(folder)], expected)
         assert agreed > len(expected) * vllm_tokens.NEW / 2
+    if not vllm_tokens.packs():
+        pytest.skip(f"the export was not run: {vllm_tokens.NO_KERNELS}")
+    assert "Kernel for CompressedTensors" in log

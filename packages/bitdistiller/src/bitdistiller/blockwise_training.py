@@ -24,12 +24,12 @@ from harness.errors import UserError
 from harness.grid import Grid
 from harness.perplexity import window_length
 from harness.plan import activation_bytes, print_plan
-from harness.progress import track
+from harness.progress import time_left, track
 from harness.stages import linears
 from torch import nn
 
 from bitdistiller import clips, result, student
-from bitdistiller.clipping import choose_dtype
+from bitdistiller.clipping import open_decoder
 from bitdistiller.quantizer import FakeQuantLinear
 from harness import checkpoint, data, memory, preflight, sequential, writer
 
@@ -107,7 +107,7 @@ def train_blocks(
     folder, out = checkpoint.resolve(model), Path(out)
     result.check_dense(folder)
     device = checkpoint.pick_device(device)
-    decoder = Decoder(folder, device=device, dtype=choose_dtype(dtype, folder))
+    decoder = open_decoder(model, folder, device, dtype)
     preflight.check(decoder, grid, "dense", out)
     ranges = None if clip is None else clips.read(clip, folder, grid)
     student.check(decoder.model, grid, ranges=ranges, learn="all")
@@ -144,7 +144,7 @@ def _cost(plan: Plan, seqlen: int, shapes, tokens, hidden, item) -> tuple[float,
     the block once, and the windows held out two times more."""
     held_out = plan.held_out * seqlen
     passes = 3 * STEP * plan.epochs * (tokens - held_out) + 2 * tokens + 2 * held_out
-    weights = sum(o * i for o, i in shapes)
+    weights = sum(o * i for o, i in shapes.values())
     batch = activation_bytes(shapes, plan.batch_size * seqlen, item)
     return passes * weights, 0, 2 * hidden + 16 * weights + 2 * batch
 
@@ -177,8 +177,9 @@ class BlockTraining:
         prefix = f"{decoder.prefix}.{index}"
         found = {f"{prefix}.{name}": module for name, module in linears(block).items()}
         placed = student.put_in(
-            decoder.model, found, self.plan.grid, ranges=self.plan.ranges, learn="all"
-        )
+            decoder.model, found, self.plan.grid, ranges=self.plan.ranges, learn="all",
+            dtype=decoder.stored_dtype,
+        )  # fmt: skip
         for module in placed.values():
             _widen(module)
         before = self._error(index)
@@ -194,25 +195,28 @@ class BlockTraining:
                 f"block {index} got worse; lower --weight_lr and --quant_lr, or give more windows",
                 file=sys.stderr,
             )
-        side, rows = {}, []
+        side, rows, trained = {}, [], {}
         for name, module in placed.items():
             plain, quantized = module.unwrap()
             side |= result.grid_tensors(name, quantized)
+            trained[f"{name}.weight"] = plain.weight.data
+            plain.weight.data = plain.weight.data.to(decoder.dtype)
             decoder.model.set_submodule(name, plain)
             rows.append(
                 {
                     "block": index, "name": name, "weights": plain.weight.numel(),
-                    "bytes": plain.weight.nbytes, "error": after, "before": before,
+                    "bytes": trained[f"{name}.weight"].nbytes, "error": after, "before": before,
                 }
             )  # fmt: skip
         self._advance(index, self.quantized)
         if not sys.stderr.isatty():
+            seconds, blocks = time.perf_counter() - started, len(decoder)
             print(
-                f"block {index + 1}/{len(decoder)}: {time.perf_counter() - started:.1f} s, "
-                f"relative error {before:.3g} -> {after:.3g}, peak {memory.peak()}",
+                f"block {index + 1}/{blocks}: {seconds:.1f} s, relative error {before:.3g} -> "
+                f"{after:.3g}, peak {memory.peak()}, {time_left(seconds, 1, blocks - index)}",
                 file=sys.stderr,
             )
-        return {f"{prefix}.{n}": value for n, value in block.state_dict().items()}, rows, side
+        return {**decoder.block_tensors(index), **trained}, rows, side
 
     def replay(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Run a finished block, dense and as it is on disk, for what lies behind it."""
@@ -270,8 +274,7 @@ class BlockTraining:
 
 
 def _widen(module: FakeQuantLinear) -> None:
-    """Train in float32 what will be stored and computed with in the model's dtype."""
-    module.dtype = module.weight.dtype
+    """Train in float32 what will be stored in the model's dtype."""
     for name in ("weight", "scale", "zero"):
         setattr(module, name, nn.Parameter(getattr(module, name).detach().float()))
 

@@ -60,8 +60,10 @@ def _run(args: argparse.Namespace) -> None:
 def cache(args) -> dict | None:
     """Run the command with its parsed arguments, on every rank; returns what
     `harness.teacher_caching.cache` does."""
+    from harness.tensors import Weights
+
     from bitdistiller import material
-    from harness import batching, checkpoint, distributed, example_sets, teacher_caching
+    from harness import batching, checkpoint, distributed, example_sets, precision, teacher_caching
 
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
@@ -73,10 +75,11 @@ def cache(args) -> dict | None:
     longest = material.length(args.model_max_length, config)
     examples = material.read(args, tokenizer, longest, "train")
     example_sets.check_tokens([examples], config)
+    dtype = precision.choose(args.dtype, Weights(source).dtype, device, args.model)
     return teacher_caching.cache(
-        lambda: checkpoint.load_model(source, device=device, dtype=args.dtype),
+        lambda: checkpoint.load_model(source, device=device, dtype=dtype),
         examples, out, teacher=args.model, source=source, data=args.data,
-        settings={"dtype": args.dtype}, top_k=args.topk,
+        settings={"dtype": precision.name(dtype)}, top_k=args.topk,
         vocabulary=config.get_text_config().vocab_size, batch=args.batch_size,
         pad=batching.pad_id(tokenizer), resume=args.resume, dry_run=args.dry_run,
     )  # fmt: skip

@@ -28,9 +28,9 @@ from harness import (
     checkpoint,
     data,
     distributed,
-    engine,
     files,
     formats,
+    precision,
     preflight,
     sequential,
     writer,
@@ -88,7 +88,7 @@ def clip(
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
     result.check_dense(folder)
-    decoder = Decoder(folder, device=device, dtype=choose_dtype(dtype, folder))
+    decoder = open_decoder(model, folder, device, dtype)
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
     if not dry_run:
@@ -101,7 +101,7 @@ def clip(
     method = sequential.Method(
         "autoclip",
         {"w_bit": grid.bits, "q_group_size": q_group_size, "quant_type": quant_type},
-        _update(grid, decoder.dtype, formats.scale_dtype(format, decoder.dtype)),
+        _update(grid, decoder, formats.scale_dtype(format, decoder.stored_dtype)),
         lambda columns, device: GroupMoments(columns, device, grid),
         layout=format,
         grid=grid if isinstance(grid, Grid) else None,
@@ -125,27 +125,29 @@ def clip(
 
 def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float, float, float]:
     """As `harness.plan.Cost`."""
-    from harness.plan import activation_bytes
+    from harness.plan import OF_WEIGHTS, activation_bytes
 
-    width = [grid.columns_per_group(i) for _, i in shapes]
-    moments = [i * g for (_, i), g in zip(shapes, width, strict=True)]
-    forward = sum(tokens * o * i for o, i in shapes)
-    search = sum(work(o, i, grid) for o, i in shapes)
+    matrices = shapes.values()
+    moments = [i * grid.columns_per_group(i) for _, i in matrices]
+    forward = sum(tokens * o * i for o, i in matrices)
+    search = sum(work(o, i, grid) for o, i in matrices)
+    held = 4 * max(moments) + OF_WEIGHTS * max(o * i for o, i in matrices)
     return (
         forward,
         tokens * sum(moments) / 2 + search,
-        hidden + 4 * max(moments) + activation_bytes(shapes, tokens, item),
+        hidden + held + activation_bytes(shapes, tokens, item),
     )
 
 
-def choose_dtype(dtype: str, folder: Path) -> torch.dtype:
-    """--dtype, where auto is what training takes, so that it starts from these very values."""
-    name = engine.compute_dtype(dtype, folder) if dtype == "auto" else dtype
+def open_decoder(model: str, folder: Path, device: str, dtype: str) -> Decoder:
+    """The model in --dtype, where auto is what training takes, so that it starts from these very
+    values."""
     stored = Weights(folder).dtype
-    chosen = checkpoint.parse_dtype(name)
-    if dtype == "auto" and chosen != stored:
-        distributed.say(f"stored in {stored}, computed in {chosen}, as training will (see --dtype)")
-    return chosen
+    if dtype == "auto":
+        computed = precision.choose_for_training(dtype, stored, device, model)
+    else:
+        computed = precision.parse(dtype)
+    return Decoder(folder, device=device, dtype=computed)
 
 
 def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | NormalFloat:
@@ -223,10 +225,13 @@ class GroupMoments:
         return torch.stack([group.mean() for group in self.groups])
 
 
-def _update(grid: Grid | NormalFloat, dtype: torch.dtype, scale_dtype: torch.dtype):
+def _update(grid: Grid | NormalFloat, decoder: Decoder, scale_dtype: torch.dtype):
     """The method's update. Errors are relative, group by group: Σ over groups of the mean square of
     x·(q - w) over that of x·w. Products between groups, which the moments do not tell, are left
     out, so that this is not quite |(W - Q)X|² / |WX|²."""
+    computed, stored = decoder.dtype, decoder.stored_dtype
+    # Ranges must be numbers of both.
+    dtype = stored if precision.holds(computed, stored) else computed
 
     def update(matrices, moments, where):
         mean = moments.mean()
@@ -235,7 +240,8 @@ def _update(grid: Grid | NormalFloat, dtype: torch.dtype, scale_dtype: torch.dty
                 f"{where}: the inputs of {', '.join(matrices)} hold NaN or infinite values; try "
                 "--dtype bfloat16 or float32."
             )
-        return {name: one(name, weight, mean) for name, weight in matrices.items()}
+        # Training begins with what its dtype holds of the weights.
+        return {name: one(name, w.to(computed).float(), mean) for name, w in matrices.items()}
 
     def one(name, weight, moments):
         if UNCLIPPED.search(name):
@@ -255,7 +261,7 @@ def _update(grid: Grid | NormalFloat, dtype: torch.dtype, scale_dtype: torch.dty
         full = torch.sub(*reversed(full_range(weight, grid)))
         kept = torch.where(full > 0, (high - low) / full, 1).mean().item()
         note = {"error_unclipped": (before.sum() / size).item(), "range_kept": kept}
-        side = {"low": low.to(dtype), "high": high.to(dtype)}
+        side = {"low": low.to(stored), "high": high.to(stored)}
         return sequential.Update(result, (after.sum() / size).clamp_min(0).item(), note, side)
 
     return update

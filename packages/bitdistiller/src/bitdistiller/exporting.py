@@ -7,9 +7,10 @@ from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.plan import print_plan
 from harness.sequential import LOG, Method, Update
+from harness.tensors import Weights
 
 from bitdistiller import result
-from harness import card, checkpoint, files, preflight, sequential, writer
+from harness import card, files, precision, preflight, sequential, writer
 
 
 def export(
@@ -41,11 +42,8 @@ def export(
             f"{folder} holds {grids.kind} values, for which {layout} has no codes; they are stored "
             "with --format dense only."
         )
-    decoder = Decoder(folder)
-    if dtype != "auto" and checkpoint.parse_dtype(dtype) != decoder.dtype:
-        raise UserError(
-            f"the values of {folder} lie on their grids in {decoder.dtype} only; leave out --dtype."
-        )
+    decoder = Decoder(folder, dtype=Weights(folder).dtype)
+    precision.say_unused(dtype, decoder.stored_dtype)
     preflight.check(decoder, grids.grid, layout, out)
     if layout == "gptq":
         _check_scales(grids)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.perplexity import context_length
-from harness.speed import VLLM_INSTALL
+from harness.vllm_loading import INSTALL, dtype_for
 
 from bitdistiller import lengths
 from bitdistiller import prompts as sets
@@ -44,6 +44,7 @@ def generate(args) -> str | None:
             f"{context} holds prompt and response."
         )
     args.max_new_tokens = new
+    args.dtype = dtype_for(args.engine, args.dtype, source, device, model)
     sampling = responses.Sampling(new, args.temperature, args.top_p)
     out = Path(args.out) if args.out else Path(args.out_path or "") / _name(args, names, counts)
     files.check_new(out, args.overwrite or args.dry_run)
@@ -87,7 +88,7 @@ def _check(args) -> None:
         raise UserError("--out names a file and --out_path a folder for one; give one of the two.")
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError(
-            f"--engine vllm, the default, needs vLLM: {VLLM_INSTALL}; --engine transformers works "
+            f"--engine vllm, the default, needs vLLM: {INSTALL}; --engine transformers works "
             "without."
         )
     if args.engine != "vllm" and args.tensor_parallel_size is not None:

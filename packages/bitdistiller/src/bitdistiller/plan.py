@@ -8,17 +8,19 @@ from harness.footprint import stored_size
 from harness.plan import training_cost
 from harness.stages import get_matrix, linears
 
+from harness import precision
 
-def show(args, source: Path, grid, training, dtype: str) -> None:
+
+def show(args, source: Path, grid, training, dtype, stored_dtype) -> None:
     """Print the plan of the parsed flags."""
     decoder = Decoder(source, sizes_only=True)
     parameters = stored_size(source, decoder.config).parameters
     shapes = [get_matrix(m).shape for block in decoder.blocks for m in linears(block).values()]
     weights = sum(map(math.prod, shapes))
-    item = 4 if dtype == "float32" else 2
+    item = dtype.itemsize
     groups = sum(rows * (columns // grid.columns_per_group(columns)) for rows, columns in shapes)
     trained = {"weights": weights, "scales": groups, "all": weights + 2 * groups}[args.learn]
-    cost = training_cost(parameters, trained, item, training.zero)
+    cost = training_cost(parameters, trained, item, stored_dtype.itemsize, training.zero)
     teacher = 0 if args.kd_loss_type == "ce" or args.teacher_cache else parameters * item
     if training.zero < 3:
         # What the student does not train, it has from the teacher.
@@ -26,7 +28,7 @@ def show(args, source: Path, grid, training, dtype: str) -> None:
     print(
         f"{args.kd_loss_type}: {args.model} ({parameters / 1e6:.2f} M parameters, "
         f"{weights / 1e6:.2f} M of them to {grid.bits} bits in groups of {grid.group_size}, "
-        f"{dtype}) -> {args.out}"
+        f"{precision.name(dtype)}) -> {args.out}"
     )
     print(
         f"memory: about {(cost.memory + teacher) / 1e9:.2f} GB a process, of which the teacher "

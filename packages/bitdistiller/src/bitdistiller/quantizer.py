@@ -250,26 +250,24 @@ class FakeQuantLinear(nn.Module):
         learn: what will be trained. "weights": the grid follows the weight's extremes; "all": the
             grid is parameters ``scale`` and ``zero`` beside the weight; "scales": codes and zero
             points are fixed, the weight is gone, ``scale`` is a parameter.
+        dtype: of the values and of the stored scale, whatever is computed in (default: the
+            weight's).
         start: codes and grid to begin from, [O, I]; the min-max grid of the weight without it.
-
-    Attributes:
-        dtype: of the values and the stored scale; None is the parameters' own.
     """
 
-    def __init__(self, module, grid, *, transposed=False, learn="weights", start=None):
+    def __init__(self, module, grid, *, transposed=False, learn="weights", dtype=None, start=None):
         super().__init__()
-        self.grid, self.transposed, self.dtype = grid, transposed, None
         self.weight, self.bias = module.weight, module.bias
+        self.grid, self.transposed, self.dtype = grid, transposed, dtype or self.weight.dtype
         module.weight = module.bias = None
         self.__dict__["plain"] = module  # for its forward alone: no submodule, no parameters
         self.register_parameter("scale", None)
         if learn == "weights":
             return
-        dtype = self.weight.dtype
-        start = start or nearest(self._matrix().detach().float(), grid, dtype)
-        self.scale = nn.Parameter(start.scale.to(dtype))
+        start = start or nearest(self._matrix().detach().float(), grid, self.dtype)
+        self.scale = nn.Parameter(start.scale.to(self.weight.dtype))
         if learn == "all":
-            self.zero = nn.Parameter(start.zero.to(dtype))
+            self.zero = nn.Parameter(start.zero.to(self.weight.dtype))
         else:
             self.register_buffer("codes", start.codes, persistent=False)
             self.register_buffer("zero", start.zero, persistent=False)
@@ -278,12 +276,9 @@ class FakeQuantLinear(nn.Module):
     def _matrix(self) -> torch.Tensor:
         return self.weight.T if self.transposed else self.weight
 
-    def _dtype(self) -> torch.dtype:
-        return self.dtype or (self.scale if self.weight is None else self.weight).dtype
-
     def value(self) -> torch.Tensor:
         """The quantized weight as the plain module holds it."""
-        dtype = self._dtype()
+        dtype = self.dtype
         if self.scale is None:
             value = fake_quantize(self._matrix(), self.grid, dtype)
         elif self.weight is None:
@@ -295,7 +290,7 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The plain module's own arithmetic: Falcon's linear adds its bias after rounding.
         own = SimpleNamespace(
-            weight=self.value(), bias=self.bias, nf=getattr(self.plain, "nf", None)
+            weight=self.value().to(x.dtype), bias=self.bias, nf=getattr(self.plain, "nf", None)
         )
         return type(self.plain).forward(own, x)
 
@@ -303,7 +298,7 @@ class FakeQuantLinear(nn.Module):
     def quantized(self) -> QuantizedWeight | torch.Tensor:
         """Codes and grid, [O, I]; :meth:`forward` computes with their values. On a normal-float
         grid the values themselves."""
-        dtype = self._dtype()
+        dtype = self.dtype
         if isinstance(self.grid, NormalFloat):
             return fake_quantize(self._matrix(), self.grid, dtype)
         if self.scale is None:
@@ -318,7 +313,7 @@ class FakeQuantLinear(nn.Module):
         """The plain module with the quantized values for its weight; and :meth:`quantized`."""
         quantized = self.quantized()
         packed = isinstance(quantized, QuantizedWeight)
-        value = quantized.dequantize(self._dtype()) if packed else quantized
+        value = quantized.dequantize(self.dtype) if packed else quantized
         value = value.T.contiguous() if self.transposed else value
         self.plain.weight = nn.Parameter(value, requires_grad=False)
         self.plain.bias = self.bias

@@ -24,6 +24,7 @@ def build(
     *,
     ranges: Ranges | None = None,
     learn: str = "weights",
+    dtype: torch.dtype | None = None,
     start: Path | None = None,
 ) -> nn.Module:
     """Make ``model``, a dense causal LM, the student, in place, and return it.
@@ -38,6 +39,7 @@ def build(
         learn: "weights": on the min-max grid of each group at every forward; "all": weights, scales
             and zero points; "scales": scales alone (the end-to-end stage of EfficientQAT, section
             3.3).
+        dtype: of the quantized values and their scales (default: the model's).
         start: a result folder with grid.safetensors, made from this model, whose values, scales and
             zero points begin instead of the model's.
 
@@ -47,7 +49,7 @@ def build(
     """
     check(model, grid, ranges=ranges, learn=learn, start=start)
     begun = {} if start is None else _begin(model, Path(start))
-    put_in(model, find_linears(model), grid, ranges=ranges, learn=learn, begun=begun)
+    put_in(model, find_linears(model), grid, ranges=ranges, learn=learn, dtype=dtype, begun=begun)
     _mark(model, learn)
     return model
 
@@ -89,6 +91,7 @@ def put_in(
     *,
     ranges: Ranges | None = None,
     learn: str = "weights",
+    dtype: torch.dtype | None = None,
     begun: dict[str, QuantizedWeight] | None = None,
 ) -> dict[str, FakeQuantLinear]:
     """Put a :class:`FakeQuantLinear` in the place of each of the linears ``found`` in ``model``;
@@ -99,11 +102,22 @@ def put_in(
     placed = {}
     for name, module in found.items():
         placed[name] = FakeQuantLinear(
-            module, grid, transposed=isinstance(module, Conv1D), learn=learn,
+            module, grid, transposed=isinstance(module, Conv1D), learn=learn, dtype=dtype,
             start=(begun or {}).get(name),
         )  # fmt: skip
         model.set_submodule(name, placed[name])
     return placed
+
+
+def beside_the_grids(student: nn.Module) -> list[str]:
+    """What is trained and no quantized weight or grid of one: norms and biases, by name."""
+    grids = {
+        f"{name}.{part}"
+        for name, module in student.named_modules()
+        if isinstance(module, FakeQuantLinear)
+        for part in ("weight", "scale", "zero")
+    }
+    return [n for n, p in student.named_parameters() if p.requires_grad and n not in grids]
 
 
 def share(student: nn.Module, teacher: nn.Module) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.perplexity import window_length
+from harness.tensors import Weights
 
 from bitdistiller import clipping, clips, material, objectives, result, student
 from harness import (
@@ -20,6 +21,7 @@ from harness import (
     engine,
     example_sets,
     hidden_loss,
+    precision,
     preflight,
     teacher_cache,
     trainer,
@@ -71,21 +73,26 @@ def train(args) -> dict | None:
     example_sets.check_tokens(sets, config)
     stored = _cache(args, source, config, examples)
     training = _training(args, len(examples))
-    dtype = engine.compute_dtype(args.dtype, source)
+    stored_dtype = Weights(source).dtype
+    dtype = precision.choose_for_training(args.dtype, stored_dtype, device, args.model)
     if args.dry_run:
         from bitdistiller import plan
 
-        plan.show(args, source, grid, training, dtype)
+        plan.show(args, source, grid, training, dtype, stored_dtype)
         return None
 
     def load(where: str):
         return checkpoint.load_model(source, device=where, dtype=dtype)
 
+    start = Path(args.start) if args.start else None
+
     def quantized(where: str):
-        start = Path(args.start) if args.start else None
-        return student.build(load(where), grid, ranges=ranges, learn=args.learn, start=start)
+        return student.build(
+            load(where), grid, ranges=ranges, learn=args.learn, dtype=stored_dtype, start=start
+        )
 
     pupil = quantized(device)
+    beside = student.beside_the_grids(pupil)
     teacher = None
     if args.kd_loss_type != "ce" and stored is None:
         teacher = load(device).eval().requires_grad_(False)
@@ -102,12 +109,18 @@ def train(args) -> dict | None:
     evaluate = _evaluate(args, look_at, tokenizer, validation.label_loss if stored else objective)
 
     def finish(tensors):
-        model = trainer.put_in(quantized("cpu"), tensors, checkpoint.parse_dtype(dtype))
-        plain, side, note = result.finish(model)
+        trained, side, note = result.finish(trainer.put_in(quantized("cpu"), tensors))
+        names = [*beside, *(f"{name}.weight" for name in student.find_linears(trained))]
+        plain = trainer.source_model(start or source)
+        trainer.put_in(plain, {name: trained.get_parameter(name) for name in names})
         return plain, {result.FILE: (side, note)}
 
     shown = {"bits": grid.bits, "learning_rate": training.learning_rate, "steps": training.steps}
-    shown |= {"dtype": dtype, "model_max_length": longest, "processes": distributed.world_size()}
+    shown |= {
+        "dtype": precision.name(dtype),
+        "model_max_length": longest,
+        "processes": distributed.world_size(),
+    }
     step_entry = {
         "method": "bitdistiller", "base": args.model, "command": card.command_line(),
         "settings": _settings(args) | shown | ({} if beta is None else {"beta": beta}),
@@ -119,7 +132,8 @@ def train(args) -> dict | None:
         pupil.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
         step_entry=step_entry, source=source, evaluate=evaluate,
         eval_steps=args.eval_steps or max(1, len(examples) // batching.batch_size(training)),
-        save_steps=args.save_steps, finish=finish, resume=args.resume, overwrite=args.overwrite,
+        save_steps=args.save_steps, stored=beside, finish=finish, resume=args.resume,
+        overwrite=args.overwrite,
     )  # fmt: skip
 
 
@@ -259,9 +273,10 @@ def _settings(args) -> dict:
     return {k: v for k, v in vars(args).items() if k not in without and v is not None}
 
 
-def _identity(args, source: Path, training, dtype: str, examples, look_at, stored) -> dict:
+def _identity(args, source: Path, training, dtype, examples, look_at, stored) -> dict:
     settings = _settings(args) | {
-        "steps": training.steps, "batch": batching.batch_size(training), "dtype": dtype,
+        "steps": training.steps, "batch": batching.batch_size(training),
+        "dtype": precision.name(dtype),
     }  # fmt: skip
     for name in HASHED:
         settings.pop(name, None)

@@ -9,9 +9,19 @@ from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight, nearest
 from harness.hessian import Hessian, inverse_factor
 from harness.perplexity import window_length
+from harness.tensors import Weights
 
 from gptq.solver import act_order, solve
-from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
+from harness import (
+    checkpoint,
+    data,
+    distributed,
+    formats,
+    precision,
+    preflight,
+    sequential,
+    writer,
+)
 
 ROWS_FOR_NORM = 256
 
@@ -77,8 +87,10 @@ def quantize(
         static_groups = True
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
-    torch_dtype = None if dtype == "auto" else checkpoint.parse_dtype(dtype)
-    decoder = Decoder(folder, device=device, dtype=torch_dtype)
+    stored = Weights(folder).dtype
+    computed = precision.choose(dtype, stored, device, model)
+    decoder = Decoder(folder, device=device, dtype=computed)
+    dtypes = {"dtype": stored, "scale_dtype": formats.scale_dtype(format, stored)}
     settings = {
         "wbits": wbits, "groupsize": groupsize, "sym": sym, "mse": mse, "nearest": nearest,
     }  # fmt: skip
@@ -91,7 +103,7 @@ def quantize(
         writer.check_out(Path(out), overwrite)
     windows = calibration = None
     if nearest:
-        method.update = _nearest_update(grid, format, decoder.dtype)
+        method.update = _nearest_update(grid, dtypes["scale_dtype"])
     else:
         settings |= {
             "percdamp": percdamp, "act_order": act_order, "static_groups": static_groups,
@@ -106,9 +118,7 @@ def quantize(
         method.statistics = Hessian
         method.true_sequential = true_sequential
         method.actorder = act_order and (static_groups or not grouped)
-        method.update = _gptq_update(
-            grid, format, decoder.dtype, percdamp, act_order, static_groups
-        )
+        method.update = _gptq_update(grid, dtypes, percdamp, act_order, static_groups)
     if dry_run:
         from harness.plan import print_plan
 
@@ -120,17 +130,15 @@ def quantize(
     )  # fmt: skip
 
 
-def _nearest_update(grid: Grid, layout: str, dtype: torch.dtype):
-    scale_dtype = formats.scale_dtype(layout, dtype)
-
+def _nearest_update(grid: Grid, scale_dtype: torch.dtype):
     def update(matrices, statistics, where):
         return {n: sequential.Update(nearest(w, grid, scale_dtype)) for n, w in matrices.items()}
 
     return update
 
 
-def _gptq_update(grid, layout, dtype, percdamp, by_diagonal, static_groups):
-    scale_dtype = formats.scale_dtype(layout, dtype)
+def _gptq_update(grid, dtypes: dict[str, torch.dtype], percdamp, by_diagonal, static_groups):
+    """``dtypes``: of the stored values and scales, as :func:`gptq.solver.solve` takes them."""
 
     def update(matrices, hessian, where):
         matrix = hessian.mean()
@@ -156,8 +164,7 @@ def _gptq_update(grid, layout, dtype, percdamp, by_diagonal, static_groups):
         dealt = weight.is_cuda
         share = distributed.shares(len(weight))[distributed.rank()] if dealt else slice(None)
         result, loss = solve(
-            weight[share], factor, grid, dtype=dtype, scale_dtype=scale_dtype, order=order,
-            static_groups=static_groups,
+            weight[share], factor, grid, **dtypes, order=order, static_groups=static_groups,
         )  # fmt: skip
         if dealt:
             result, loss = _gather(result, loss, len(weight))

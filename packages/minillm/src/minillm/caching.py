@@ -4,8 +4,16 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.perplexity import context_length
+from harness.tensors import Weights
 
-from harness import batching, checkpoint, distributed, example_sets, teacher_caching
+from harness import (
+    batching,
+    checkpoint,
+    distributed,
+    example_sets,
+    precision,
+    teacher_caching,
+)
 from minillm import finetuning, flags, models
 
 
@@ -36,14 +44,16 @@ def cache(args) -> dict | None:
     )  # fmt: skip
     example_sets.check_tokens([examples], configs[0])
 
+    dtype = precision.choose(args.dtype, Weights(source).dtype, device, args.model)
+
     def load():
         return models.load_teacher(
-            args.model, device=device, dtype=args.dtype, peft_path=args.teacher_peft_path
+            args.model, device=device, dtype=dtype, peft_path=args.teacher_peft_path
         )
 
     return teacher_caching.cache(
         load, examples, out, teacher=args.model, source=source, data=args.data,
-        settings={"dtype": args.dtype, "teacher_peft_path": args.teacher_peft_path},
+        settings={"dtype": precision.name(dtype), "teacher_peft_path": args.teacher_peft_path},
         top_k=args.topk, vocabulary=vocabulary, batch=args.batch_size,
         pad=batching.pad_id(tokenizer), resume=args.resume, dry_run=args.dry_run,
     )  # fmt: skip

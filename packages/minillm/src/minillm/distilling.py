@@ -3,10 +3,12 @@
 from math import ceil
 from pathlib import Path
 
+import torch
 from harness.errors import UserError
 from harness.footprint import stored_size
 from harness.perplexity import context_length
 from harness.plan import training_cost
+from harness.tensors import Weights
 
 from harness import (
     batching,
@@ -16,6 +18,7 @@ from harness import (
     engine,
     example_sets,
     hidden_loss,
+    precision,
     trainer,
     writer,
 )
@@ -58,21 +61,23 @@ def train(args) -> dict | None:
     elif args.lm_coef:
         distributed.say("no --lm-data: the loss has no part on plain text")
     plan, training = _plan(args, len(examples))
-    dtype = engine.compute_dtype(args.dtype, source)
+    stored_dtype = Weights(source).dtype
+    dtype = precision.choose_for_training(args.dtype, stored_dtype, device, args.model)
     settings = {k: v for k, v in vars(args).items() if k not in finetuning.FREE and v is not None}
     settings |= {
-        "steps": training.steps, "dtype": dtype, "max_length": longest,
+        "steps": training.steps, "dtype": precision.name(dtype), "max_length": longest,
         "max_prompt_length": longest_prompt, "gradient_accumulation_steps": training.accumulate,
     }  # fmt: skip
     if args.dry_run:
         pairs = zip(folders, configs, strict=True)
-        _print_plan(args, [stored_size(*pair).parameters for pair in pairs], dtype)
+        counts = [stored_size(*pair).parameters for pair in pairs]
+        _print_plan(args, counts, dtype, stored_dtype)
         return None
 
     student = models.load_student(args.model, device=device, dtype=dtype, peft_path=args.peft_path)
     teacher = models.load_teacher(
         args.teacher, device=device, peft_path=args.teacher_peft_path,
-        dtype="float32" if dtype == "float32" else "auto",
+        dtype=dtype if dtype == torch.float32 else "auto",
     )  # fmt: skip
     fused = hidden_loss.fusable(student, args.zero) and hidden_loss.fusable(teacher)
     lora, finish = flags.lora(args), None
@@ -81,9 +86,9 @@ def train(args) -> dict | None:
 
         def finish(tensors):
             plain = models.load_student(
-                args.model, device="cpu", dtype="float32", peft_path=args.peft_path
+                args.model, device="cpu", dtype=torch.float32, peft_path=args.peft_path
             )
-            return models.merged(plain, tensors, checkpoint.parse_dtype(dtype), **lora)
+            return models.merged(plain, tensors, stored_dtype, **lora)
 
     student.config.use_cache = False
     without_dropout(student)
@@ -109,7 +114,8 @@ def train(args) -> dict | None:
         loss_of=run.loss_of, out=out, identity=identity, evaluate=run.evaluate,
         better="higher" if args.select == "rouge" else "lower", eval_steps=args.eval_interval,
         save_steps=args.save_interval, boundary=plan.starts_phase, finish=finish,
-        resume=args.resume, overwrite=args.overwrite, step_entry=step_entry, source=source,
+        stored=[] if lora else None, resume=args.resume, overwrite=args.overwrite,
+        step_entry=step_entry, source=source,
     )  # fmt: skip
 
 
@@ -154,14 +160,15 @@ def _plan(args, prompts: int) -> tuple[rollouts.Plan, engine.Training]:
     return plan, training
 
 
-def _print_plan(args, parameters: list[int], dtype: str) -> None:
+def _print_plan(args, parameters: list[int], dtype, stored_dtype) -> None:
     """--dry-run: what the models and the optimizer take, activations and caches aside."""
     ours, theirs = parameters
-    item = 4 if dtype == "float32" else 2
-    cost = training_cost(ours, 0 if args.peft else ours, item, args.zero)
+    item, trained = dtype.itemsize, 0 if args.peft else ours
+    cost = training_cost(ours, trained, item, stored_dtype.itemsize, args.zero)
     memory = (cost.memory + theirs * item) / 1e9
     print(
-        f"minillm: {args.model} ({ours / 1e6:.2f} M parameters, {dtype}), teacher {args.teacher} "
+        f"minillm: {args.model} ({ours / 1e6:.2f} M parameters, {precision.name(dtype)}), "
+        f"teacher {args.teacher} "
         f"({theirs / 1e6:.2f} M) -> {args.out}\nmemory: about {memory:.2f} GB a process, and the "
         f"activations of {args.batch_size} rollouts or the caches of {args.chunk_size}; disk: "
         f"{cost.result / 1e6:.1f} MB, and while it runs {cost.disk / 1e6:.1f} MB"

@@ -14,6 +14,7 @@ import harness.evaluate
 import torch.distributed as dist
 from harness.errors import UserError
 from harness.rouge import rouge_l
+from harness.vllm_loading import dtype_for
 
 from harness import checkpoint, distributed, report, responses
 from minillm import eval_sets, generating
@@ -36,6 +37,7 @@ def evaluate(args) -> tuple[dict, Path] | None:
     source = checkpoint.resolve(args.model)
     if args.dev_num is not None and args.dev_num < 1:
         raise UserError(f"--dev-num {args.dev_num}: at least 1.")
+    args.dtype = dtype_for(args.engine, args.dtype, source, device, args.model)
     seeds = list(dict.fromkeys(args.seeds))
     names = list(dict.fromkeys(n for some in args.data for n in some.split(",") if n))
     sampling, longest = generating.how(args, source)

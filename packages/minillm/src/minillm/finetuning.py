@@ -7,10 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from harness.errors import UserError
 from harness.footprint import stored_size
 from harness.perplexity import context_length
 from harness.plan import training_cost
+from harness.tensors import Weights
 
 from harness import (
     batching,
@@ -20,6 +22,7 @@ from harness import (
     engine,
     example_sets,
     hidden_loss,
+    precision,
     responses,
     teacher_cache,
     trainer,
@@ -69,9 +72,10 @@ def finetune(args) -> dict | None:
     count = len(rows or train)
     training, how = flags.training(args, parameters, count, distributed.world_size())
     distributed.say(f"{args.type} of {args.model}: {how}")
-    dtype = engine.compute_dtype(args.dtype, source)
+    stored_dtype = Weights(source).dtype
+    dtype = precision.choose_for_training(args.dtype, stored_dtype, device, args.model)
     if args.dry_run:
-        _print_plan(args, parameters, training, dtype)
+        _print_plan(args, parameters, training, dtype, stored_dtype)
         return None
 
     lora = flags.lora(args)
@@ -89,9 +93,9 @@ def finetune(args) -> dict | None:
 
         def finish(tensors):
             plain = models.load_student(
-                args.model, device="cpu", dtype="float32", peft_path=args.peft_path
+                args.model, device="cpu", dtype=torch.float32, peft_path=args.peft_path
             )
-            return models.merged(plain, tensors, checkpoint.parse_dtype(dtype), **lora)
+            return models.merged(plain, tensors, stored_dtype, **lora)
 
     pad = batching.pad_id(tokenizer)
     sampling = responses.Sampling(longest - longest_prompt, temperature=float(not args.greedy))
@@ -122,8 +126,9 @@ def finetune(args) -> dict | None:
     return trainer.train(
         student.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
         evaluate=evaluate, better="higher" if args.select == "rouge" else "lower",
-        eval_steps=every, save_steps=args.save_interval, finish=finish, resume=args.resume,
-        overwrite=args.overwrite, step_entry=step_entry, source=source,
+        eval_steps=every, save_steps=args.save_interval, finish=finish,
+        stored=[] if lora else None, resume=args.resume, overwrite=args.overwrite,
+        step_entry=step_entry, source=source,
     )  # fmt: skip
 
 
@@ -177,7 +182,7 @@ def _check(args) -> None:
         raise UserError(f"--eval-batch-size {args.eval_batch_size}: at least 1.")
 
 
-def _objective(args, student, device: str, columns: int | None, dtype: str, stored) -> Callable:
+def _objective(args, student, device: str, columns: int | None, dtype, stored) -> Callable:
     """(engine, batch) -> (sum of losses, the sums to report)."""
     if stored:
         rows = losses.ROWS[args.loss]
@@ -186,7 +191,7 @@ def _objective(args, student, device: str, columns: int | None, dtype: str, stor
         return cross_entropy
     teacher = models.load_teacher(
         args.teacher, device=device, peft_path=args.teacher_peft_path,
-        dtype="float32" if dtype == "float32" else "auto",
+        dtype=dtype if dtype == torch.float32 else "auto",
     )  # fmt: skip
     if args.align:
         return partial(align.distillation, teacher, args.kd_ratio)
@@ -229,15 +234,15 @@ def distillation(teacher, rows, columns: int | None, fused: bool, running, batch
     return total, {"ce": ce, "kd": divergence}
 
 
-def _settings(args, training, dtype: str, longest: int, longest_prompt: int) -> dict:
+def _settings(args, training, dtype, longest: int, longest_prompt: int) -> dict:
     kept = {k: v for k, v in vars(args).items() if k not in FREE and v is not None}
     return kept | {
-        "lr": training.learning_rate, "steps": training.steps, "dtype": dtype,
+        "lr": training.learning_rate, "steps": training.steps, "dtype": precision.name(dtype),
         "max_length": longest, "max_prompt_length": longest_prompt,
     }  # fmt: skip
 
 
-def _identity(args, source: Path, training, dtype: str, train, dev) -> dict:
+def _identity(args, source: Path, training, dtype, train, dev) -> dict:
     settings = _settings(args, training, dtype, 0, 0)
     identity = writer.fingerprint(source, None, settings)
     identity["data"] = {"training": train.key, "validation": dev.key}
@@ -247,16 +252,19 @@ def _identity(args, source: Path, training, dtype: str, train, dev) -> dict:
     return identity
 
 
-def _print_plan(args, parameters: int, training, dtype: str) -> None:
+def _print_plan(args, parameters: int, training, dtype, stored_dtype) -> None:
     """--dry-run: what training takes, activations aside."""
-    item = 4 if dtype == "float32" else 2
-    cost = training_cost(parameters, 0 if args.peft else parameters, item, training.zero)
+    item, trained = dtype.itemsize, 0 if args.peft else parameters
+    cost = training_cost(parameters, trained, item, stored_dtype.itemsize, training.zero)
     memory = cost.memory / 1e9
     if args.teacher:
         folder = checkpoint.resolve(args.teacher)
         count = stored_size(folder, checkpoint.load_config(folder)).parameters
         memory += count * item / 1e9
-    print(f"{args.type}: {args.model} ({parameters / 1e6:.2f} M parameters, {dtype}) -> {args.out}")
+    print(
+        f"{args.type}: {args.model} ({parameters / 1e6:.2f} M parameters, {precision.name(dtype)}) "
+        f"-> {args.out}"
+    )
     print(
         f"memory: about {memory:.2f} GB a process, and the activations of {training.micro_batch} "
         f"examples; disk: {cost.result / 1e6:.1f} MB, and while it runs {cost.disk / 1e6:.1f} MB"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.perplexity import context_length
+from harness.vllm_loading import dtype_for
 
 from harness import checkpoint, distributed, example_sets, files, response_file, responses
 from minillm import flags
@@ -27,6 +28,7 @@ def generate(args) -> dict[str, int] | None:
     files.check_new(out, args.overwrite or args.dry_run)
     if args.gen_num is not None and args.gen_num < 1:
         raise UserError(f"--gen-num {args.gen_num}: at least 1.")
+    args.dtype = dtype_for(args.engine, args.dtype, source, device, args.model)
     pairs = example_sets.pairs(args.data, "train")[: args.gen_num]
     tokenizer = checkpoint.load_tokenizer(source)
     sampling, longest = how(args, source)

@@ -11,8 +11,9 @@ from harness import checkpoint, distributed, trainer
 SELF_TEST = "def f(x):\n    return 'Ünïcode', [x + 1, 2e-3]  # 日本 <s> </s>\n\n\tThe end."
 
 
-def load_student(model: str, *, device: str, dtype: str, peft_path: str | None = None):
-    """A causal LM in memory, with the LoRA adapter at ``peft_path``, if any, merged in.
+def load_student(model: str, *, device: str, dtype, peft_path: str | None = None):
+    """A causal LM in memory, with the LoRA adapter at ``peft_path``, if any, merged in; ``dtype``
+    as for :func:`harness.checkpoint.load_model`.
 
     Raises:
         UserError: it is packed (training would undo that), or the adapter does not fit.
@@ -24,7 +25,7 @@ def load_student(model: str, *, device: str, dtype: str, peft_path: str | None =
     return with_adapter(loaded, peft_path) if peft_path else loaded
 
 
-def load_teacher(model: str, *, device: str, dtype: str = "auto", peft_path: str | None = None):
+def load_teacher(model: str, *, device: str, dtype="auto", peft_path: str | None = None):
     """The teacher, in eval mode and without gradients; packed ones are fine."""
     loaded = checkpoint.load_model(model, device=device, dtype=dtype)
     if peft_path:
@@ -67,7 +68,7 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, seed: int):
 def merged(student, tensors: dict[str, torch.Tensor], dtype: torch.dtype, **lora):
     """The plain model of a LoRA student: ``student`` (float32) with trained tensors, by name, put
     in and merged; summed in float32, rounded once."""
-    adapted = trainer.put_in(add_lora(student, **lora), tensors, torch.float32)
+    adapted = trainer.put_in(add_lora(student, **lora), tensors)
     return adapted.merge_and_unload().to(dtype)
 
 

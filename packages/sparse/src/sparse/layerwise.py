@@ -8,8 +8,18 @@ from harness.grid import Grid
 from harness.hessian import Hessian
 from harness.perplexity import window_length
 from harness.stages import get_matrix, linears
+from harness.tensors import Weights
 
-from harness import checkpoint, data, distributed, preflight, sequential, writer
+from harness import (
+    checkpoint,
+    data,
+    distributed,
+    formats,
+    precision,
+    preflight,
+    sequential,
+    writer,
+)
 from sparse import methods
 from sparse.command import PACKED
 from sparse.ratios import owl
@@ -97,8 +107,9 @@ def prune(
 
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
-    torch_dtype = None if dtype == "auto" else checkpoint.parse_dtype(dtype)
-    decoder = Decoder(folder, device=device, dtype=torch_dtype)
+    stored = Weights(folder).dtype
+    computed = precision.choose(dtype, stored, device, model)
+    decoder = Decoder(folder, device=device, dtype=computed)
     chosen = _chosen(decoder, minlayer, maxlayer, prune_only, invert)
     _check_divides(chosen, goal)
     all_of_them = len(chosen) == sum(len(linears(block)) for block in decoder.blocks)
@@ -160,12 +171,13 @@ def prune(
 
     if method == "sparsegpt":
         job.update = methods.sparsegpt(
-            target, decoder.dtype, percdamp=percdamp, blocksize=blocksize, grid=grid, layout=format
-        )
+            target, stored, percdamp=percdamp, blocksize=blocksize, grid=grid,
+            scale_dtype=formats.scale_dtype(format, stored),
+        )  # fmt: skip
     elif method == "wanda":
-        job.update = methods.wanda(target, decoder.dtype, variant=use_variant)
+        job.update = methods.wanda(target, stored, variant=use_variant)
     else:
-        job.update = methods.magnitude(target, decoder.dtype, per_row=per_row)
+        job.update = methods.magnitude(target, stored, per_row=per_row)
     return sequential.compress(
         decoder, job, Path(out), base=model, windows=windows, calibration=calibration,
         command=command, overwrite=overwrite, resume=resume,

@@ -12,7 +12,7 @@ from harness.grid import Grid, QuantizedWeight
 from harness.hessian import inverse_factor
 from harness.sequential import Update
 
-from harness import distributed, formats
+from harness import distributed
 from sparse import masks
 from sparse.solver import solve
 
@@ -58,14 +58,14 @@ class Norms:
 
 def sparsegpt(
     target: Callable[[str, str], Target | None], dtype: torch.dtype, *, percdamp: float,
-    blocksize: int, grid: Grid | None, layout: str,
+    blocksize: int, grid: Grid | None, scale_dtype: torch.dtype,
 ):  # fmt: skip
     """SparseGPT's update; ``target(where, name)`` says how much goes, or None to leave a linear.
+    ``dtype``, ``scale_dtype``: of the stored values and scales.
 
     Linears of a stage share the Hessian and its factor. Each is solved alone, because the masks'
     thresholds are per linear; all ranks solve all of them, because a threshold spans all rows.
     """
-    scale_dtype = formats.scale_dtype(layout, dtype)
 
     def update(matrices, hessian, where):
         chosen = _chosen(matrices, target, where)

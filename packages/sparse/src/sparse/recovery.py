@@ -9,7 +9,7 @@ from harness.errors import UserError
 from harness.save import save_model
 from harness.tensors import Weights
 
-from harness import checkpoint, distributed, training_data, writer
+from harness import checkpoint, distributed, precision, training_data, writer
 from sparse import losses, tuning
 from sparse import recovery_checks as checks
 from sparse.training import Diverged, Plan, held_out_loss, train
@@ -94,7 +94,8 @@ def recover(
     config = checkpoint.load_config(folder)
     weights = Weights(folder)
     stored = weights.dtype
-    compute = checks.compute_dtype(dtype, stored)
+    checks.check_dtype(dtype)
+    compute = precision.choose_for_training(dtype, stored, device, model)
     checks.check_source(weights, model, out, overwrite, dry_run)
     tokenizer = checkpoint.load_tokenizer(folder)
     teacher_folder = checks.check_teacher(teacher, tokenizer, config) if teacher else None
@@ -122,8 +123,8 @@ def recover(
         "num_epochs": num_epochs, "max_steps": max_steps, "max_minutes": max_minutes,
         "batch_size": batch, "micro_batch_size": micro_batch_size, "cutoff_len": seqlen,
         "warmup_steps": plan.warmup, "val_set_size": len(held), "train_on_inputs": train_on_inputs,
-        "eval_steps": eval_steps, "patience": patience, "dtype": str(compute), "seed": seed,
-        "densify": densify, "gradient_checkpointing": gradient_checkpointing,
+        "eval_steps": eval_steps, "patience": patience, "dtype": precision.name(compute),
+        "seed": seed, "densify": densify, "gradient_checkpointing": gradient_checkpointing,
     }  # fmt: skip
     if tune == "lora":
         settings |= {
@@ -136,14 +137,13 @@ def recover(
 
     # LoRA keeps the frozen weights as they are stored; what is trained is float32.
     whole = tune == "full" or compute == torch.float32
-    name = "float32" if whole else str(stored).removeprefix("torch.")
     if dry_run:
         checks.print_plan(folder, out, tune, lora_r, stored, whole, teacher_folder)
         return None
     identity = writer.fingerprint(folder, _all_ids(data + held), {"method": "recover", **settings})
     if teacher_folder:
         identity["teacher"] = writer.model_files(teacher_folder)
-    student = checkpoint.load_model(folder, device=device, dtype=name)
+    student = checkpoint.load_model(folder, device=device, dtype=torch.float32 if whole else stored)
     masks = _zeros(student, model, tune, densify)
     if tune == "full":
         parameters = tuning.train_all(student)
@@ -162,7 +162,7 @@ def recover(
         return held_out_loss(some, held, losses.cross_entropy, micro_batch_size, compute)
 
     if teacher_folder:
-        kept = "float32" if compute == torch.float32 else "auto"
+        kept = torch.float32 if compute == torch.float32 else "auto"
         dense = checkpoint.load_model(teacher_folder, device=device, dtype=kept)
         dense.requires_grad_(False)
         loss = losses.distillation(dense, kd_loss, kd_weight, compute)
@@ -179,11 +179,13 @@ def recover(
     if progress.best_step == 0:
         distributed.say("no look found a better loss than before: the model is written unchanged")
     student = tuning.finish(student, stored)
-    after = look(student)
+    # The values that are stored, in the dtype of all other looks.
+    after = look(student.float() if compute == torch.float32 else student)
+    student.to(stored)
     training = {"dataset": dataset, "nsamples": len(data), "seqlen": seqlen, "seed": seed}
     step = {
         "method": "recover", "base": model, "command": command, "settings": settings,
-        "training": training,
+        "training": training, "dtype": precision.record(compute, stored),
     }  # fmt: skip
     distributed.lead(lambda: _write(student, folder, step, progress, after, store, overwrite))
     return Result(

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from harness.errors import UserError, nearest
 from harness.perplexity import context_length
 
@@ -66,15 +65,12 @@ def check_source(weights, model: str, out: Path, overwrite: bool, dry_run: bool)
         )
 
 
-def compute_dtype(dtype: str, stored: torch.dtype) -> torch.dtype:
+def check_dtype(dtype: str) -> None:
     if dtype == "float16":
         raise UserError(
             "--dtype float16 overflows in training; expected bfloat16 (also for models stored in "
             "float16) or float32."
         )
-    if dtype == "auto":
-        return torch.float32 if stored == torch.float32 else torch.bfloat16
-    return checkpoint.parse_dtype(dtype)
 
 
 def length(wanted: int | None, default: int, config) -> int:

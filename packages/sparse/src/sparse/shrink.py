@@ -92,7 +92,7 @@ def summary(decoder: Decoder, cut: Cut, length: int) -> dict:
 
 def _config(decoder: Decoder, cut: Cut, entries: list[dict]) -> dict:
     """The result's config.json: ordinary fields where they can say it, else sizes per block."""
-    raw = writer.config_for(decoder.weights.folder, decoder.dtype, None, False)
+    raw = writer.config_for(decoder.weights.folder, decoder.stored_dtype, None, False)
     if cut.layers < len(decoder):
         if sizes.KEY in raw:
             raw[sizes.KEY] = raw[sizes.KEY][: cut.layers]
