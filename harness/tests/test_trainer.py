@@ -15,6 +15,8 @@ from harness.errors import UserError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from harness import engine
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
@@ -74,6 +76,29 @@ def test_the_best_weights_are_written_and_their_value_is_theirs(source, tmp_path
         written = AutoModelForCausalLM.from_pretrained(out).parameters()
         assert all(map(torch.equal, written, looked[step]))
         assert "value" not in log(out)["looks"][0]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_float32_training_of_a_bfloat16_checkpoint_looks_at_what_it_will_store(zero, tmp_path):
+    source = save(tmp_path / "source", torch.bfloat16, dropout=0.0)
+    looked = {}
+
+    def evaluate(running, step):
+        with engine.whole_weights(running) as module:
+            looked[step] = {n: p.detach().clone() for n, p in module.named_parameters()}
+        return {"value": float(-step)}
+
+    more = {"zero": zero, "dtype": "float32", "eval_steps": 4}
+    assert trainer_driver.main(source, tmp_path / "looked", evaluate=evaluate, **more) == 0
+    assert trainer_driver.main(source, tmp_path / "plain", evaluate=None, **more) == 0
+    written, plain = (load_file(tmp_path / n / "model.safetensors") for n in ("looked", "plain"))
+    for name, tensor in written.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor.float(), looked[12][name])
+        # A look changes nothing of the training: the last weights are those of a run without.
+        assert torch.equal(tensor, plain[name])
+    assert all(torch.equal(t, t.bfloat16().float()) for t in looked[8].values())
+    assert log(tmp_path / "looked")["dtype"] == {"computed": "float32", "stored": "bfloat16"}
 
 
 def test_events_of_tensorboard_have_every_step_once(source, tmp_path):

@@ -32,7 +32,7 @@ def hessian_cost(shapes: Shapes, tokens, hidden, item) -> tuple[float, float, fl
     stages = likely_stages(shapes)
     solver = sum(tokens * i * i / 2 + o * i * i for o, i in stages)
     solving = max(OF_MOMENTS * i * i + OF_WEIGHTS * o * i for o, i in stages)
-    return forward, solver, hidden + solving + activation_bytes(shapes, tokens, item)
+    return forward, solver, 3 * hidden + solving + paused_bytes(shapes, tokens, item)
 
 
 def likely_stages(shapes: Shapes) -> list[tuple[int, int]]:
@@ -46,13 +46,27 @@ def likely_stages(shapes: Shapes) -> list[tuple[int, int]]:
 
 
 def activation_bytes(shapes: Shapes, tokens: int, item: int) -> int:
-    """Inputs and outputs of a block's linears, and what lies between two of them."""
-    widest = max(max(shape) for shape in shapes.values())
-    return tokens * (sum(o + i for o, i in shapes.values()) + 2 * widest) * item
+    """Inputs and outputs of a block's linears."""
+    return tokens * sum(o + i for o, i in shapes.values()) * item
+
+
+def paused_bytes(shapes: Shapes, tokens: int, item: int) -> int:
+    """What forwards hold that wait for one of a block's linears: the outputs of those before it in
+    its module, and its input."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        parts.setdefault(name.rpartition(".")[0], []).append(shape)
+    widths = (sum(o for o, _ in part) + max(i for _, i in part) for part in parts.values())
+    return tokens * max(widths) * item
 
 
 def print_plan(
-    decoder, method: Method, out: str | Path, tokens: int, cost: Cost = hessian_cost
+    decoder,
+    method: Method,
+    out: str | Path,
+    tokens: int,
+    cost: Cost = hessian_cost,
+    side: Callable[[int, int], int] = lambda rows, columns: 0,
 ) -> None:
     """Print the plan of :func:`harness.sequential.compress` block by block.
 
@@ -63,6 +77,7 @@ def print_plan(
     Args:
         tokens: calibration tokens in all windows (0: no data is looked at).
         cost: what the method needs for a block, where data is looked at.
+        side: bytes of a linear's tensors in the method's side file, from (out, in).
 
     Raises:
         UserError: the output folder is in the way (checked without --overwrite).
@@ -93,6 +108,8 @@ def print_plan(
         memory = begun + (weights + others) * (item + stored) + more
         disk = sum(_linear_bytes(method, *shape, stored) for shape in shapes.values())
         disk += others * stored
+        # At the end they are there twice, block by block and together.
+        disk += 2 * sum(side(*shape) for shape in shapes.values())
         seconds = work / speed + exact_work / exact if tokens else weights / 1e8
         count = last - first + 1
         name = f"{first}" if count == 1 else f"{first}-{last}, each"
@@ -105,7 +122,8 @@ def print_plan(
         peak = max(peak, memory)
     total_disk += outer * stored + writer.side_bytes(decoder.weights.folder) + 10 * ROW
     print(
-        f"in all: at most about {peak / 1e9:.2f} GB of memory, {total_disk / 1e6:.1f} MB of disk, "
+        f"in all: at most about {peak / 1e9:.2f} GB of memory, {total_disk / 1e6 + 0.05:.1f} MB of "
+        "disk, "
         f"{total_time / 60:.1f} minutes"
     )
 

@@ -5,6 +5,7 @@ import random
 
 import datasets
 import families
+import torch
 from bitdistiller import train
 from safetensors.torch import load_file
 
@@ -13,8 +14,12 @@ QUICK = ["--q_group_size", "16", "--model_max_length", "32", "--learning_rate", 
 
 
 def make(folder):
-    """model/ (LLaMA, float32), set.jsonl (60 rows of a prompt and a response) and text.txt."""
+    """model/ (LLaMA, float32; bfloat16/ and float16/ are stored so), set.jsonl (60 rows of a prompt
+    and a response) and text.txt."""
     families.save("llama", folder / "model", tokenizer=True, num_hidden_layers=2)
+    for name in ("bfloat16", "float16"):
+        dtype = getattr(torch, name)
+        families.save("llama", folder / name, tokenizer=True, num_hidden_layers=2, dtype=dtype)
     draw, words = random.Random(0), families.TEXT.split()
     rows = [
         {"prompt": " ".join(draw.choices(words, k=draw.randint(1, 4))) + ":",

@@ -15,7 +15,7 @@ from harness.normal_float import nearest as nearest_level
 from harness.stages import get_matrix, linears
 from safetensors.torch import load_file
 
-from harness import checkpoint, data, engine, perplexity
+from harness import checkpoint, data, perplexity, precision
 from harness import decoder as decoder_module
 
 SETTINGS = {"n_samples": 5, "seqlen": 24, "q_group_size": 16}
@@ -103,18 +103,26 @@ def test_ranges_are_those_of_the_inputs_that_the_result_itself_gives(family, kin
 @pytest.mark.parametrize(
     ("kind", "stored"), [("int", torch.bfloat16), ("nf3", torch.bfloat16), ("int", torch.float16)]
 )
+@pytest.mark.parametrize("units", [True, False])
 @torch.no_grad()
-def test_training_starts_at_the_clipped_checkpoint(kind, stored, tmp_path, capsys):
+def test_training_starts_at_the_clipped_checkpoint(
+    kind, stored, units, tmp_path, capsys, monkeypatch
+):
+    """On CPUs with and without units for short dtypes."""
+    monkeypatch.setattr(precision, "cpu_has_units", lambda dtype: units)
     model, text = make("llama", tmp_path, dtype=stored, num_hidden_layers=2)
     clip(model, text, out=tmp_path / "out", quant_type=kind, **SETTINGS)
     grid = make_grid(None, 16, kind)
     ranges = clips.read(tmp_path / "out", Path(model), grid)
-    told = "stored in torch.float16, computed in torch.bfloat16, as training will"
-    assert (told in capsys.readouterr().err) == (stored == torch.float16)
-    dense = checkpoint.load_model(model, dtype=engine.compute_dtype("auto", Path(model)))
-    built = student.build(dense, grid, ranges=ranges)
+    assert ("as float16 overflows" in capsys.readouterr().err) == (
+        units and stored == torch.float16
+    )
+    computed = precision.choose_for_training("auto", stored, "cpu", model)
+    assert computed == (torch.bfloat16 if units else torch.float32)
+    dense = checkpoint.load_model(model, dtype=computed)
+    built = student.build(dense, grid, ranges=ranges, dtype=stored)
     tokens = families.windows(2)
-    rounded = checkpoint.load_model(tmp_path / "out")
+    rounded = checkpoint.load_model(tmp_path / "out", dtype=computed)
     assert torch.equal(built(tokens).logits, rounded(tokens).logits)
 
 

@@ -24,6 +24,8 @@ FLAGS = "--q_group_size 16 --nsamples 6 --val_size 2 --seqlen 16"
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     families.save("llama", folder / "model", tokenizer=True, num_hidden_layers=3)
+    dtype = torch.bfloat16
+    families.save("llama", folder / "short", tokenizer=True, num_hidden_layers=3, dtype=dtype)
     (folder / "text.txt").write_text(families.TEXT * 40)
     return folder / "model", folder / "text.txt"
 
@@ -37,8 +39,11 @@ def plain(folder, dtype="auto"):
 
 
 @pytest.mark.parametrize("clipped", [False, True])
-def test_without_training_it_is_rounding(clipped, inputs, tmp_path):
-    words, grid = ["--epochs", "0", "--dtype", "bfloat16"], Grid(2, 16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_without_training_it_is_rounding(clipped, dtype, inputs, tmp_path):
+    """Of a bfloat16 model, whatever is computed in."""
+    words, grid = ["--epochs", "0", "--dtype", dtype], Grid(2, 16)
+    inputs = inputs[0].with_name("short"), inputs[1]
     dense = plain(inputs[0], torch.bfloat16)
     ranges = make_ranges(dense)
     if clipped:

@@ -107,16 +107,20 @@ def test_training_is_the_plain_loop(place, tmp_path, words, capsys):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "words"),
+    ("model", "dtype", "words"),
     [
-        ("float32", ["--bits", 2]),
-        ("bfloat16", ["--quant_type", "int2-asym"]),
-        ("bfloat16", ["--quant_type", "nf3"]),
-        ("bfloat16", ["--learn", "all"]),
+        ("model", "float32", ["--bits", 2]),
+        ("model", "bfloat16", ["--quant_type", "int2-asym"]),
+        ("bfloat16", "bfloat16", ["--quant_type", "nf3"]),
+        ("bfloat16", "float32", ["--quant_type", "nf3"]),
+        ("bfloat16", "float32", ["--bits", 2]),
+        ("bfloat16", "bfloat16", ["--learn", "all"]),
+        ("float16", "bfloat16", ["--learn", "all"]),
     ],
 )
-def test_what_was_evaluated_is_what_loads(place, tmp_path, monkeypatch, dtype, words):
-    """Bit for bit: logits, and the perplexity that the log has."""
+def test_what_was_evaluated_is_what_loads(place, tmp_path, monkeypatch, model, dtype, words):
+    """Bit for bit, stored as the model was, whatever was computed in: logits, and the perplexity
+    that the log has."""
     looked = []
     real = validation.perplexity
 
@@ -126,11 +130,14 @@ def test_what_was_evaluated_is_what_loads(place, tmp_path, monkeypatch, dtype, w
 
     monkeypatch.setattr(validation, "perplexity", spy)
     words = ["--ppl", place / "text.txt", "--ppl_limit", 4, "--eval_steps", 1, *words]
-    out = qat.run(place, tmp_path / "out", "--dtype", dtype, *words)
+    out = qat.run(place, tmp_path / "out", "--dtype", dtype, *words, model=model)
     written = qat.log(out)["written"]["step"]
     assert written > 0
-    model = checkpoint.load_model(out)
-    assert model.dtype == getattr(torch, dtype)
+    stored, before = qat.weights(out), qat.weights(place / model)
+    assert {t.dtype for t in stored.values()} == {t.dtype for t in before.values()}
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(stored[embedding], before[embedding])
+    model = checkpoint.load_model(out, dtype=dtype)
     windows = data.evaluation(
         checkpoint.load_tokenizer(out), str(place / "text.txt"), seqlen=64, limit=4
     )

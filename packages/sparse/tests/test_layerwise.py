@@ -35,6 +35,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     for family in ("llama", "gpt2", "opt"):
         families.save(family, folder / family, tokenizer=True)
+    families.save("llama", folder / "half", tokenizer=True, dtype=torch.float16)
     (folder / "text.txt").write_text(families.TEXT * 100)
     return folder
 
@@ -229,11 +230,11 @@ def test_results_reload_in_transformers_with_the_pass_s_logits(place, tmp_path, 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "bitmask"])
 def test_joint_quantization_is_the_same_in_every_format(place, tmp_path, layout):
-    options = {"wbits": 4, "groupsize": 16, "sym": layout == "gptq", "dtype": "float16"}
+    options = {"wbits": 4, "groupsize": 16, "sym": layout == "gptq", "family": "half"}
     run(place, tmp_path / "dense", **options)
     rows = run(place, tmp_path / "other", format=layout, **options)
     dense = load(tmp_path / "dense")
-    other = checkpoint.load_model(tmp_path / "other")
+    other = checkpoint.load_model(tmp_path / "other", dtype=torch.float16)
     assert torch.equal(dense(WINDOWS).logits, other(WINDOWS).logits)
     assert all(row["zeros"] >= row["weights"] // 2 for row in rows)
     for weight in matrices(tmp_path / "dense").values():

@@ -1,6 +1,7 @@
 """The command: what it makes loads where it says, and is smaller, faster and better than chance."""
 
 import json
+from pathlib import Path
 
 import families
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from harness.footprint import stored_size
 from harness.macs import macs_per_token, skeleton
 from harness.perplexity import perplexity
+from harness.tensors import Weights
 from sparse.llm_pruner import main
 from sparse.structured import prune
 from transformers import AutoModelForCausalLM
@@ -158,7 +160,7 @@ def test_float16_gives_finite_scores(place):
     (place / "half" / "tokenizer.json").write_bytes((place / "model/tokenizer.json").read_bytes())
     result = prune("half", "text.txt", out="out", num_examples=2, max_seq_len=16)
     assert result["rows"][2]["channels"] == [48, 24]
-    assert checkpoint.load_model("out").dtype == torch.float16
+    assert Weights(Path("out")).dtype == torch.float16
 
 
 def test_perplexity_before_and_after(place, capsys):

@@ -129,7 +129,12 @@ def train_blocks(
     )  # fmt: skip
     plan = Plan(grid, ranges, epochs, batch_size, quant_lr, weight_lr, val_size)
     if dry_run:
-        print_plan(decoder, method, out, windows.numel(), partial(_cost, plan, seqlen))
+
+        def side(rows: int, columns: int) -> int:
+            groups = columns // grid.columns_per_group(columns)
+            return rows * groups * (decoder.stored_dtype.itemsize + 1)
+
+        print_plan(decoder, method, out, windows.numel(), partial(_cost, plan, seqlen), side)
         return []
     calibration = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
     return sequential.compress(

@@ -111,7 +111,11 @@ def clip(
     if dry_run:
         from harness.plan import print_plan
 
-        print_plan(decoder, method, out, windows.numel(), partial(_cost, grid))
+        def side(rows: int, columns: int) -> int:
+            groups = columns // grid.columns_per_group(columns)
+            return 2 * rows * groups * decoder.stored_dtype.itemsize
+
+        print_plan(decoder, method, out, windows.numel(), partial(_cost, grid), side)
         return []
     calibration = {"dataset": dataset, "nsamples": n_samples, "seqlen": seqlen, "seed": seed}
     rows = sequential.compress(
@@ -125,7 +129,7 @@ def clip(
 
 def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float, float, float]:
     """As `harness.plan.Cost`."""
-    from harness.plan import OF_WEIGHTS, activation_bytes
+    from harness.plan import OF_WEIGHTS, paused_bytes
 
     matrices = shapes.values()
     moments = [i * grid.columns_per_group(i) for _, i in matrices]
@@ -135,7 +139,7 @@ def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float
     return (
         forward,
         tokens * sum(moments) / 2 + search,
-        hidden + held + activation_bytes(shapes, tokens, item),
+        3 * hidden + held + paused_bytes(shapes, tokens, item),
     )
 
 

@@ -109,11 +109,13 @@ def train(args) -> dict | None:
     evaluate = _evaluate(args, look_at, tokenizer, validation.label_loss if stored else objective)
 
     def finish(tensors):
-        trained, side, note = result.finish(trainer.put_in(quantized("cpu"), tensors))
-        names = [*beside, *(f"{name}.weight" for name in student.find_linears(trained))]
-        plain = trainer.source_model(start or source)
-        trainer.put_in(plain, {name: trained.get_parameter(name) for name in names})
-        return plain, {result.FILE: (side, note)}
+        model, side, note = result.finish(trainer.put_in(quantized("cpu"), tensors))
+        if not precision.holds(dtype, stored_dtype):
+            # What was not trained has lost digits.
+            names = [*beside, *(f"{name}.weight" for name in student.find_linears(model))]
+            trained = {name: model.get_parameter(name) for name in names}
+            model = trainer.put_in(trainer.source_model(start or source), trained)
+        return model.to(stored_dtype), {result.FILE: (side, note)}
 
     shown = {"bits": grid.bits, "learning_rate": training.learning_rate, "steps": training.steps}
     shown |= {
