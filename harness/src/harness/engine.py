@@ -335,15 +335,8 @@ def rounded(engine, names: list[str], dtype: torch.dtype):
     # At stage 3 a rank holds its part of a parameter, of small ones the whole beside it.
     held = [getattr(every[name], "ds_tensor", every[name]).data for name in names]
     held += [every[name].data for name in names if hasattr(every[name], "ds_tensor")]
-    held = [tensor for tensor in held if not precision.holds(dtype, tensor.dtype)]
-    kept = [tensor.clone() for tensor in held]
-    for tensor in held:
-        tensor.copy_(tensor.to(dtype))
-    try:
+    with precision.rounded(held, dtype):
         yield
-    finally:
-        for tensor, values in zip(held, kept, strict=True):
-            tensor.copy_(values)
 
 
 @contextmanager

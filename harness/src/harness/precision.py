@@ -10,6 +10,7 @@ that a resumed run gets the answer of the first.
 """
 
 import os
+from contextlib import contextmanager
 
 import torch
 
@@ -125,6 +126,20 @@ def say_unused(dtype: str, stored: torch.dtype) -> None:
 def holds(computed: torch.dtype, stored: torch.dtype) -> bool:
     """Whether every value of ``stored`` is one of ``computed``."""
     return computed in (stored, torch.float32, torch.float64)
+
+
+@contextmanager
+def rounded(tensors: list[torch.Tensor], dtype: torch.dtype):
+    """Inside, ``tensors`` have values that ``dtype`` holds; afterwards their own again."""
+    finer = [tensor for tensor in tensors if not holds(dtype, tensor.dtype)]
+    kept = [tensor.clone() for tensor in finer]
+    for tensor in finer:
+        tensor.copy_(tensor.to(dtype))
+    try:
+        yield
+    finally:
+        for tensor, values in zip(finer, kept, strict=True):
+            tensor.copy_(values)
 
 
 def record(computed: torch.dtype, stored: torch.dtype) -> dict[str, str]:

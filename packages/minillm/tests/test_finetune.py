@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import batching, example_sets, validation
+from harness import batching, engine, example_sets, precision, validation
 
 QUICK = ["--max-length", "32", "--max-prompt-length", "24", "--lr", "0.003", "--dev-num", "8"]
 QUICK += ["--weight-decay", "0.1"]
@@ -238,6 +238,40 @@ def test_lora_trains_and_merges(place, tmp_path):
     count = sum(ids.shape[1] - first for ids, first in held)
     assert total.item() / count == pytest.approx(looks[-1]["validation_loss"], rel=1e-5)
     assert looks[-1]["validation_loss"] < looks[0]["validation_loss"]
+
+
+@pytest.mark.parametrize("lora", [[], ["--peft", "lora"]], ids=["whole", "lora"])
+def test_a_bfloat16_checkpoint_stays_one_and_a_run_keeps_its_dtype(
+    place, tmp_path, monkeypatch, capsys, lora
+):
+    """On a CPU without units for bfloat16, then on one with."""
+    families.save("llama", tmp_path / "short", tokenizer=True, dtype=torch.bfloat16)
+    words = [*lora, "--save-interval", 1, "--eval-interval", 2]
+    real = engine.train_step
+
+    def stop(running, plan, step, *rest):
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(running, plan, step, *rest)
+
+    monkeypatch.setattr(precision, "cpu_has_units", lambda dtype: False)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", stop)
+        run(place, out, *words, model=tmp_path / "short", code=130)
+    assert "computing in float32, as this CPU has no fast bfloat16" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "cpu_has_units", lambda dtype: True)
+        run(place, out, *words, model=tmp_path / "short", code=2)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "dtype: float32 there, bfloat16 now); add --dtype float32, choose" in error
+    run(place, out, *words, model=tmp_path / "short")
+    assert "resuming: 2 steps are done" in capsys.readouterr().err
+    before, after = (weights(folder) for folder in (tmp_path / "short", out))
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed and ("model.embed_tokens.weight" in changed) == (not lora)
+    assert log(out)["dtype"] == {"computed": "float32", "stored": "bfloat16"}
 
 
 def test_across_tokenizers_with_uld(place, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 import yaml
 from harness.errors import UserError
 from harness.perplexity import nll_sum
+from safetensors.torch import load_file
 from sparse import losses, recovery, training, tuning
 from sparse.recover import main
 from torch.nn import functional as F
@@ -293,6 +294,24 @@ def test_a_teacher_pulls_towards_itself(place, tmp_path):
         str(place / "llama"), text, out=tmp_path / "out", teacher=str(place / "teacher"), **options
     )
     assert result.teacher == pytest.approx(plain_loss(place / "teacher", held), rel=0.1)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_float32_leaves_a_bfloat16_checkpoint_what_it_is(place, tmp_path, tune):
+    """What is looked at is what will be stored."""
+    source, out = tmp_path / "short", tmp_path / "out"
+    families.save("llama", source, tokenizer=True, dtype=torch.bfloat16, num_hidden_layers=2)
+    options = QUICK | {"tune": tune, "dtype": "float32"}
+    result = recovery.recover(str(source), str(place / "text.txt"), out=out, **options)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    if tune == "lora":
+        assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    else:
+        # Rounding moves the loss by 1e-4 or so; sums of equal numbers differ by 1e-9.
+        best = min(row["validation_loss"] for row in result.rows)
+        assert result.after == pytest.approx(best, abs=1e-7)
+    assert "| computed in | float32 |\n| stored in | bfloat16 |" in (out / "README.md").read_text()
 
 
 def test_bfloat16_gives_an_ordinary_bfloat16_checkpoint(place, tmp_path):

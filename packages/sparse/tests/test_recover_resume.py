@@ -55,6 +55,9 @@ def test_another_run_there_is_refused_by_name(inputs, tmp_path, monkeypatch, cap
     assert main([*words, "--learning_rate", "0.5"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "was begun by another run (settings, learning_rate: 0.0384 there, 0.5 now)" in line
+    assert main([*words, "--dtype", "bfloat16"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "dtype: float32 there, bfloat16 now); add --dtype float32, choose" in line
     assert main([*words, "--learning_rate", "0.5", "--no-resume"]) == 0
 
 

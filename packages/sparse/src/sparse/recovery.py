@@ -158,8 +158,12 @@ def recover(
         student.gradient_checkpointing_enable({"use_reentrant": False})
     loss, teacher_loss = losses.cross_entropy, None
 
+    # LoRA is not stored as it is: it is merged first.
+    as_stored = [] if tune == "lora" else [p.data for p in parameters.values()]
+
     def look(some=student) -> float:
-        return held_out_loss(some, held, losses.cross_entropy, micro_batch_size, compute)
+        with precision.rounded(as_stored, stored):
+            return held_out_loss(some, held, losses.cross_entropy, micro_batch_size, compute)
 
     if teacher_folder:
         kept = torch.float32 if compute == torch.float32 else "auto"
