@@ -103,4 +103,13 @@ def finish(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             linear.weight.data = (linear.weight.float() + delta).to(dtype)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, linear)
-    return model.to(dtype).eval()
+    return cast(model, dtype).eval()
+
+
+@torch.no_grad()
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in ``dtype``; not its buffers, whose frequencies of positions
+    are float32 in any model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
