@@ -60,6 +60,13 @@ def measure(function) -> dict:
     }
 
 
+def dtype_of(args):
+    """What is computed in, whatever this machine is fast in."""
+    import torch
+
+    return getattr(torch, args.dtype)
+
+
 def run_ours(folder: Path, out: Path, args) -> None:
     import torch
     from gptq.method import _gptq_update
@@ -70,8 +77,9 @@ def run_ours(folder: Path, out: Path, args) -> None:
     from harness import sequential
 
     grid = Grid(**GRID)
-    decoder = Decoder(folder, device=args.device)
-    update = _gptq_update(grid, "compressed-tensors", decoder.dtype, 0.01, False, False)
+    decoder = Decoder(folder, device=args.device, dtype=dtype_of(args))
+    dtypes = {"dtype": decoder.stored_dtype, "scale_dtype": decoder.stored_dtype}
+    update = _gptq_update(grid, dtypes, 0.01, False, False)
     method = sequential.Method(
         "gptq", {}, update, statistics=Hessian, true_sequential=args.run == "ours",
         layout="compressed-tensors", grid=grid,
@@ -88,7 +96,7 @@ def run_floor(folder: Path, args) -> dict:
     from harness.hessian import Hessian
     from harness.stages import find_stages
 
-    decoder = Decoder(folder)
+    decoder = Decoder(folder, dtype=dtype_of(args))
     parts = batches(windows_of(args))
     forward = products = 0.0
     hidden = [decoder.embed(p) for p in parts]
@@ -116,7 +124,7 @@ def run_textbook(folder: Path, out: Path, args) -> None:
     from harness.stages import linears
     from safetensors.torch import save_file
 
-    decoder = Decoder(folder)
+    decoder = Decoder(folder, dtype=dtype_of(args))
     windows = windows_of(args)
     hidden = [decoder.embed(w[None]) for w in windows]
     results = {}
@@ -185,7 +193,7 @@ def compare_errors(folder: Path, outs: dict[str, Path], args) -> dict[str, dict[
     from harness.stages import linears
     from safetensors.torch import load_file
 
-    decoder = Decoder(folder)
+    decoder = Decoder(folder, dtype=dtype_of(args))
     read = {}
     for name, out in outs.items():
         packed = (out / "config.json").is_file()

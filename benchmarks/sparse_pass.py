@@ -70,15 +70,16 @@ def run_ours(folder: Path, out: Path, args) -> None:
 
     from harness import sequential
 
-    decoder = Decoder(folder)
+    decoder = Decoder(folder, dtype=gptq_pass.dtype_of(args))
     goal = lambda where, name: methods.Target(SPARSITY)  # noqa: E731
     if "wanda" in args.run:
-        update, statistics = methods.wanda(goal, decoder.dtype, variant=False), methods.Norms
+        update, statistics = methods.wanda(goal, decoder.stored_dtype, variant=False), methods.Norms
     else:
         statistics = Hessian
         update = methods.sparsegpt(
-            goal, decoder.dtype, percdamp=DAMPING, blocksize=BLOCK, grid=None, layout="dense"
-        )
+            goal, decoder.stored_dtype, percdamp=DAMPING, blocksize=BLOCK, grid=None,
+            scale_dtype=decoder.stored_dtype,
+        )  # fmt: skip
     method = sequential.Method(args.run, {}, update, statistics, true_sequential="true" in args.run)
     windows = gptq_pass.windows_of(args)
     sequential.compress(decoder, method, out, base=str(folder), windows=windows)
@@ -88,7 +89,7 @@ def run_forwards(folder: Path, args) -> None:
     """Every block twice over the calibration set; nothing else."""
     from harness.decoder import Decoder, batches
 
-    decoder = Decoder(folder)
+    decoder = Decoder(folder, dtype=gptq_pass.dtype_of(args))
     hidden = [decoder.embed(part) for part in batches(gptq_pass.windows_of(args))]
     for index in range(len(decoder)):
         decoder.load(index)
@@ -104,7 +105,7 @@ def last_errors(folder: Path, outs: dict[str, Path], args) -> dict[str, float]:
     from safetensors.torch import load_file
 
     def last(replaced):
-        decoder = Decoder(folder)
+        decoder = Decoder(folder, dtype=gptq_pass.dtype_of(args))
         hidden = decoder.embed(gptq_pass.windows_of(args)[:4])
         for index in range(len(decoder)):
             own = decoder.block_tensors(index)
