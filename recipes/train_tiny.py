@@ -6,8 +6,9 @@ Three steps, so that the middle one can run on another machine than the first (t
     python recipes/train_tiny.py train    WORK tiny-llama  one model, from WORK to WORK/tiny-llama
     python recipes/train_tiny.py evaluate WORK tiny-llama  perplexity, n-gram baselines, quiz
 
-Weights are trained in float32 with bfloat16 matrix products and stored in bfloat16. The checkpoint
-kept is the one with the lowest loss on the calibration split; the test split is only evaluated.
+Weights are trained in float32, with bfloat16 matrix products where the device is fast in them, and
+stored in bfloat16. The checkpoint kept is the one with the lowest loss on the calibration split;
+the test split is only evaluated.
 """
 
 import argparse
@@ -107,13 +108,22 @@ def windows(tokens: np.ndarray):
     return torch.from_numpy(tokens[: count * CONTEXT].astype(np.int64)).view(count, CONTEXT)
 
 
+def autocast(device: str):
+    """bfloat16 matrix products, where the device is fast in them."""
+    import torch
+
+    from harness import precision
+
+    return torch.autocast(device, torch.bfloat16, enabled=precision.is_fast(torch.bfloat16, device))
+
+
 def mean_loss(model, batch_windows, device: str) -> float:
-    """Mean next-token loss in nats over windows [n, CONTEXT], bfloat16 autocast."""
+    """Mean next-token loss in nats over windows [n, CONTEXT]."""
     import torch
     from torch.nn import functional as F
 
     total = 0.0
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+    with torch.no_grad(), autocast(device):
         for batch in batch_windows.split(16):
             batch = batch.to(device)
             logits = model(batch, use_cache=False).logits[:, :-1].float()
@@ -160,6 +170,8 @@ def train(work: Path, name: str, args: argparse.Namespace) -> None:
     from torch.nn import functional as F
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from harness import precision
+
     torch.manual_seed(args.seed)
     device = args.device
     config = LlamaConfig(
@@ -177,7 +189,8 @@ def train(work: Path, name: str, args: argparse.Namespace) -> None:
     model = LlamaForCausalLM(config).to(device).train()
     add_dropout(model, args.dropout)
     model.generation_config.pad_token_id = 0
-    log(f"{name}: {model.num_parameters() / 1e6:.2f} M parameters")
+    products = "bfloat16" if precision.is_fast(torch.bfloat16, device) else "float32"
+    log(f"{name}: {model.num_parameters() / 1e6:.2f} M parameters, matrix products in {products}")
 
     tokens = np.load(work / "train.npy")
     out = work / name
@@ -201,7 +214,7 @@ def train(work: Path, name: str, args: argparse.Namespace) -> None:
         batch = torch.from_numpy(
             np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
         ).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             logits = model(batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()

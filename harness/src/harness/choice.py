@@ -6,6 +6,7 @@ is divided by the choice's length in characters (lm-evaluation-harness's `acc` a
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
@@ -65,7 +66,12 @@ def choice_scores(
             targets.append(continuation)
             owners.append((number, slot))
     scores = [[0.0] * len(q["choices"]) for q in questions]
-    for index, logits in position_logits(model, sequences, positions, batch_size, "choice"):
+    # The choices of a question follow the same text, which runs once.
+    groups = [
+        [index for index, _ in some]
+        for _, some in groupby(enumerate(owners), key=lambda entry: entry[1][0])
+    ]
+    for index, logits in position_logits(model, sequences, positions, batch_size, "choice", groups):
         target = torch.tensor(targets[index], device=logits.device)
         nll = torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
         if math.isnan(nll):

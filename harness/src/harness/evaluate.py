@@ -62,7 +62,7 @@ def evaluate(args) -> int:
         report.save(results, path)
     # What was already complete still gets this run's command and versions.
     report.save(results, path)
-    print(report.markdown(results))
+    print(f"{report.markdown(results)}\n{report.dtypes(results)}")
     if args.mmlu and "mmlu" in results["metrics"]:
         print("\n" + report.accuracy_table(results["metrics"]["mmlu"]["details"]["subjects"]))
     if path.parent == subject.folder and report.update_card(subject.folder, results):

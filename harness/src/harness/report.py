@@ -180,6 +180,13 @@ def markdown(results: dict) -> str:
     return _table(["metric", "value", "samples", "protocol"], lines, numeric={1})
 
 
+def dtypes(results: dict) -> str:
+    """What was computed in and what is stored, in words; "" where no metric says it."""
+    found = [metric["settings"].get("dtype") for metric in results["metrics"].values()]
+    pairs = {(d["computed"], d["stored"]): None for d in found if isinstance(d, dict)}
+    return "; ".join(f"computed in {computed}, stored in {stored}" for computed, stored in pairs)
+
+
 def accuracy_table(parts: dict[str, dict]) -> str:
     """MMLU's table by subject: name, accuracy in per cent, questions."""
     lines = [[name, f"{100 * part['acc']:.2f}", str(part["n"])] for name, part in parts.items()]
@@ -244,7 +251,8 @@ def update_card(folder: Path, results: dict) -> bool:
     made = results["versions"]["harness"]
     section = (
         f"{HEADING}\n\n{markdown(results)}\n\n"
-        f"Measured by llm-compression-harness {made} with `{results['command']}`.\n"
+        f"Measured by llm-compression-harness {made} with `{results['command']}`"
+        + f", {dtypes(results)}.\n".replace(", .", ".")
     )
     before, found, rest = text.partition(f"{HEADING}\n")
     after = rest.partition("\n## ")[2] if found else ""

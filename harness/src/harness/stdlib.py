@@ -8,6 +8,7 @@ trained (on Python 3.11) is held out under every other version of Python too.
 import ast
 import hashlib
 import io
+import os
 import random
 import sysconfig
 import tokenize
@@ -55,28 +56,36 @@ def decode(raw: bytes) -> str | None:
     return text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
 
 
-@lru_cache(maxsize=4)
 def documents(split: str, root: Path | None = None) -> dict[str, str]:
     """Dotted module name -> source, sorted by name, of one of `SPLITS`.
 
     `root` is the folder to read (default: the running Python's standard library). Tests, generated
     tables, installed packages and files that cannot be decoded are left out.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
+    return _documents(root or Path(sysconfig.get_path("stdlib")))[split]
+
+
+@lru_cache(maxsize=2)
+def _documents(root: Path) -> dict[str, dict[str, str]]:
+    """:func:`documents` of every split, from one walk over the files."""
     found = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] in GENERATED or SKIPPED.intersection(parts) or parts[0].startswith(BUILD):
-            continue
-        if not all(part.isidentifier() for part in parts):
-            continue
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if split_of(name) != split:
-            continue
-        text = decode(path.read_bytes())
-        if text and text.strip():
-            found[name] = text
-    return dict(sorted(found.items()))
+    for folder, folders, files in os.walk(root):
+        inside = Path(folder).relative_to(root).parts
+        left_out = SKIPPED if inside else SKIPPED | GENERATED
+        folders[:] = [name for name in folders if name not in left_out]
+        for file in files:
+            parts = (*inside, file.removesuffix(".py"))
+            if not file.endswith(".py") or parts[0].startswith(BUILD) or parts[-1] in left_out:
+                continue
+            if not all(part.isidentifier() for part in parts):
+                continue
+            text = decode((Path(folder) / file).read_bytes())
+            if text and text.strip():
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = text
+    splits: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+    for name in sorted(found):
+        splits[split_of(name)][name] = found[name]
+    return splits
 
 
 def text(split: str) -> str:
@@ -106,8 +115,12 @@ def _ending(lines: list[str]) -> str:
 @lru_cache(maxsize=4)
 def functions(split: str) -> tuple[Function, ...]:
     """Every documented function of a split with code after its docstring, in file order."""
+    return tuple(_functions(documents(split)))
+
+
+def _functions(sources: dict[str, str]) -> list[Function]:
     found = []
-    for module, source in documents(split).items():
+    for module, source in sources.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -139,7 +152,7 @@ def functions(split: str) -> tuple[Function, ...]:
                     summary=doc.splitlines()[0].strip(),
                 )
             )
-    return tuple(found)
+    return found
 
 
 def instructions(split: str) -> list[dict[str, str]]:
@@ -168,6 +181,18 @@ def _opening(body: str) -> str | None:
     return opening if 10 <= len(opening.strip()) <= 160 else None
 
 
+def _copied(pool: list[tuple[Function, str]]) -> list[Function]:
+    """The functions of those modules of train that may hold a copy of one in `pool`: most do not,
+    and to parse them all takes ten seconds."""
+    starts = {tuple(part.split("\n")[0] for part in (f.head, f.docstring)) for f, _ in pool}
+
+    def may_hold(source: str) -> bool:
+        lines = set(source.splitlines())
+        return any(head in lines and docstring in lines for head, docstring in starts)
+
+    return _functions({n: s for n, s in documents("train").items() if may_hold(s)})
+
+
 @lru_cache(maxsize=1)
 def questions() -> tuple[dict, ...]:
     """`stdlib-quiz`: which of four openings follows this function's head and docstring?
@@ -185,7 +210,7 @@ def questions() -> tuple[dict, ...]:
         for function in (*functions("test"), *functions("calibration"))
         if (opening := _opening(function.body))
     ]
-    seen = {(function.head, function.docstring) for function in functions("train")}
+    seen = {(function.head, function.docstring) for function in _copied(pool)}
     chosen = []
     for function, opening in pool:
         key = (function.head, function.docstring)

@@ -14,14 +14,15 @@ import harness.evaluate
 import torch.distributed as dist
 from harness.errors import UserError
 from harness.rouge import rouge_l
+from harness.tensors import Weights
 from harness.vllm_loading import dtype_for
 
-from harness import checkpoint, distributed, report, responses
+from harness import checkpoint, distributed, precision, report, responses
 from minillm import eval_sets, generating
 
 SHOWN = 3  # responses that are kept for a look
 # What names a measurement, beside its data: the rest does not change it.
-SETTINGS = ("dev_num", "engine", "temperature", "top_p", "top_k", "no_repeat_ngram_size", "dtype")
+SETTINGS = ("dev_num", "engine", "temperature", "top_p", "top_k", "no_repeat_ngram_size")
 
 
 def evaluate(args) -> tuple[dict, Path] | None:
@@ -93,6 +94,8 @@ def evaluate(args) -> tuple[dict, Path] | None:
 def _metric(args, name, sampling, longest, prompts, references, rows: int) -> dict:
     """A metric of a results file, nothing measured yet."""
     settings = {key: getattr(args, key) for key in SETTINGS}
+    stored = Weights(checkpoint.resolve(args.model)).dtype
+    settings["dtype"] = {"computed": args.dtype, "stored": precision.name(stored)}
     settings |= {"max_length": longest, "max_prompt_length": args.max_prompt_length}
     asked = json.dumps([prompts, references]).encode()
     settings["data"] = {"name": name, "hash": hashlib.sha256(asked).hexdigest()[:16]}
