@@ -15,7 +15,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2}
 
 
 @pytest.fixture(autouse=True)
-def no_clock(monkeypatch):
+def place_without_a_clock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "multiply_adds_per_second", lambda device, dtype: 1e9)
 
 
@@ -61,7 +62,7 @@ def test_disk(layout, bits, group, symmetric, computed, source, tmp_path, capsys
     settings = {"sparsity": 0.5} if grid is None else {}
     method = sequential.Method("some", settings, update, layout=layout, grid=grid)
     _, disk = told(decoder, method, capsys)
-    out = tmp_path / "out"
+    out = tmp_path / "made"
     sequential.compress(decoder, method, out, base="base")
     taken = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     # Above it by the 50 kB of rounding up and what JSON may take of a few hundred tensors.

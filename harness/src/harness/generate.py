@@ -27,7 +27,10 @@ def generate(args) -> int:
         logging.disable_progress_bar()
     folders = [checkpoint.resolve(model) for model in args.models]
     prompts = args.prompt or default_prompts()
-    said = [continuations(folder, prompts, args) for folder in folders]
+    said = [
+        continuations(model, folder, prompts, args)
+        for model, folder in zip(args.models, folders, strict=True)
+    ]
     width = shutil.get_terminal_size((100, 24)).columns
     for number, prompt in enumerate(prompts):
         answers = [
@@ -49,8 +52,8 @@ def default_prompts() -> list[str]:
     return [textwrap.dedent(text[start:]) for text, start in zip(chosen, heads, strict=True)]
 
 
-def continuations(folder, prompts: list[str], args) -> list[tuple[str, float]]:
-    """(text, tokens per second) of the model in `folder` after every prompt.
+def continuations(name: str, folder, prompts: list[str], args) -> list[tuple[str, float]]:
+    """(text, tokens per second) of the model `name` in `folder` after every prompt.
 
     The time is that of the whole call, the prompt's forward pass with it.
     """
@@ -60,7 +63,7 @@ def continuations(folder, prompts: list[str], args) -> list[tuple[str, float]]:
     from harness.perplexity import context_length
 
     tokenizer = checkpoint.load_tokenizer(folder)
-    model = checkpoint.load_model(folder, device=args.device, dtype=args.dtype, load=args.load)
+    model = checkpoint.load_model(name, device=args.device, dtype=args.dtype, load=args.load)
     settings = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=False,

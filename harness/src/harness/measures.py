@@ -38,8 +38,10 @@ class Subject:
         quantization = files.read_json(self.folder / "config.json").get("quantization_config")
         # How the weights are stored, one of harness.formats' or "other", which only vLLM measures.
         self.layout = formats.layout_of(quantization)
-        known = self.layout != "other"
-        self.stored_dtype = Weights(self.folder).dtype if known else self.config.dtype
+        if self.layout == "other":
+            self.stored_dtype = self.config.dtype or precision.parse("float32")
+        else:
+            self.stored_dtype = Weights(self.folder).dtype
         self.dtype = precision.choose(args.dtype, self.stored_dtype, self.device, args.model)
         self.numerics = {
             "dtype": precision.record(self.dtype, self.stored_dtype), "load": args.load,
