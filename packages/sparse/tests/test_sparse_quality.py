@@ -15,16 +15,16 @@ AMOUNTS = {
 
 @pytest.fixture(scope="module")
 def loss(tmp_path_factory):
-    """``loss(method, ...)``: held-out perplexity of tiny-llama pruned so (64 windows of 512)."""
+    """``loss(method, ...)``: held-out perplexity of tiny-llama pruned so (20 windows of 512)."""
     tokenizer = checkpoint.load_tokenizer("tiny-llama")
-    windows = data.evaluation(tokenizer, "stdlib", seqlen=512, limit=40)
+    windows = data.evaluation(tokenizer, "stdlib", seqlen=512, limit=20)
     known = {}
 
     def measure(method, **options):
         key = (method, *options.items())
         if key not in known:
             out = tmp_path_factory.mktemp("out") / "it"
-            prune("tiny-llama", "stdlib", out=out, method=method, nsamples=64, **options)
+            prune("tiny-llama", "stdlib", out=out, method=method, nsamples=16, **options)
             model = checkpoint.load_model(out)
             known[key] = perplexity.perplexity(model, windows, batch_size=8).value
         return known[key]
