@@ -100,7 +100,11 @@ def footprint_step(subject: Subject, loads: bool) -> Step:
         memory = memory_bytes(subject.model) if loads else None
         if load:
             bits, how = loaded_bits_per_weight(subject.model), f"linears quantized on load ({load})"
-            stored, where = memory, f"in memory, quantized on load ({load})"
+            # What is not quantized counts as it is stored, whatever it is computed in.
+            wider = subject.dtype.itemsize - subject.stored_dtype.itemsize
+            rest = (p for p in subject.model.parameters() if p.dtype == subject.dtype)
+            stored = memory - wider * sum(p.numel() for p in rest)
+            where = f"quantized on load ({load}), the rest as stored"
         rows = [
             row("parameters, M", size.parameters / 1e6, 2, protocol="dense equivalent"),
             row("bits/weight", bits, 3, protocol=how, main=True),
