@@ -39,9 +39,9 @@ def install(session: nox.Session, *packages: str, versions: str = "constraints.t
         session.install(*words)
 
 
-def run_pytest(session: nox.Session, *paths: str) -> None:
+def run_pytest(session: nox.Session, *paths: str, threads: str = "1") -> None:
     """Tests, without the hub; one thread unless told otherwise, for the tensors are tiny."""
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    threads = os.environ.get("OMP_NUM_THREADS", threads)
     env = {**QUIET, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     words = ["--durations=10", "--durations-min=5", *session.posargs]
     session.run("python", "-m", "pytest", *paths, *words, env=env)
@@ -94,14 +94,14 @@ def bitdistiller(session: nox.Session) -> None:
 def house(session: nox.Session) -> None:
     """Tests across packages: who imports whom, the README's commands, the recipes."""
     install(session, *PACKAGES, "bitsandbytes")
-    run_pytest(session, "tests")
+    run_pytest(session, "tests", threads="2")  # of the embedded model, mostly
 
 
 @nox.session
 def recipes(session: nox.Session) -> None:
     """The part of `house` that runs the recipes end to end on tiny models and texts."""
     install(session, *PACKAGES, "bitsandbytes")
-    run_pytest(session, "tests/test_recipes.py")
+    run_pytest(session, "tests/test_recipes.py", threads="2")
 
 
 @nox.session

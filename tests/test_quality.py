@@ -5,7 +5,7 @@ import pytest
 
 from harness import checkpoint, data, perplexity
 
-WINDOWS = 40
+WINDOWS = 20
 
 
 def perplexity_of(model: str, windows) -> float:
@@ -13,7 +13,7 @@ def perplexity_of(model: str, windows) -> float:
 
 
 def test_gptq_beats_rounding_and_closes_half_of_the_gap_at_three_bits(tmp_path):
-    """Groups of 128, act-order, 64 calibration windows of 512; 40 held-out windows."""
+    """Groups of 128, act-order, 32 calibration windows of 512; 20 held-out windows."""
     tokenizer = checkpoint.load_tokenizer("tiny-llama")
     windows = data.evaluation(tokenizer, "stdlib", seqlen=512, limit=WINDOWS)
     dense = perplexity_of("tiny-llama", windows)
@@ -26,7 +26,7 @@ def test_gptq_beats_rounding_and_closes_half_of_the_gap_at_three_bits(tmp_path):
             out=solved,
             wbits=bits,
             groupsize=128,
-            nsamples=64,
+            nsamples=32,
             act_order=True,
             true_sequential=True,
         )
