@@ -1,6 +1,7 @@
 """The dtype of the computation is asked of the device; what is written keeps the checkpoint's."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -100,8 +101,6 @@ def test_the_processor_is_asked(monkeypatch):
 
 def test_onednns_limit_holds_on_any_machine():
     """In a process of its own, as a user sets it."""
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", PROBE], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
         capture_output=True, text=True, check=True,

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from harness import bitmask, distributed, formats, memory, precision, writer
 from harness.decoder import batches
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight
 from harness.progress import time_left
-from harness.stages import PausedForwards, find_stages, get_matrix, linears, set_matrix
+from harness.stages import PausedForwards, find_stages, get_matrix, linears, set_matrix, turn
 
 SHARE_OF_FREE_MEMORY = 0.6
 PROBE_TOKENS = 16
@@ -217,7 +216,7 @@ class BlockPass:
         if precision.holds(decoder.dtype, decoder.stored_dtype):
             return get_matrix(module).float()
         stored = decoder.stored(f"{where.prefix}.{name}.weight").to(decoder.device)
-        return (stored.T if isinstance(module, Conv1D) else stored).float()
+        return turn(module, stored).float()
 
     def _stored(self, index, block, updates) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """The block's tensors as its file will hold them, and the bytes of each updated linear."""
@@ -232,8 +231,7 @@ class BlockPass:
             if isinstance(update.weight, QuantizedWeight):
                 own = formats.encode(f"{prefix}.{linear}", update.weight, self.method.layout)
             else:
-                turned = isinstance(block.get_submodule(linear), Conv1D)
-                own = {full: update.weight.T if turned else update.weight}
+                own = {full: turn(block.get_submodule(linear), update.weight)}
                 if self.method.layout == "bitmask":
                     own = bitmask.encode(f"{prefix}.{linear}", own[full])
             linear_bytes[linear] = sum(t.nbytes for t in own.values())

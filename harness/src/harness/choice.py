@@ -6,7 +6,6 @@ is divided by the choice's length in characters (lm-evaluation-harness's `acc` a
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 
@@ -49,6 +48,8 @@ def choice_scores(
     """
     limit = context_length(model.config)
     sequences, positions, targets, owners = [], [], [], []
+    # The choices of a question follow the same text, which runs once.
+    groups: list[list[int]] = [[] for _ in questions]
     cut = 0
     for number, question in enumerate(questions):
         for slot, choice in enumerate(question["choices"]):
@@ -60,17 +61,13 @@ def choice_scores(
                 whole = whole[-(limit + 1) :]
                 continuation = continuation[-limit:]
                 cut += 1
+            groups[number].append(len(sequences))
             # The last token is only a target: it need not be fed.
             sequences.append(whole[:-1])
             positions.append(range(len(whole) - 1 - len(continuation), len(whole) - 1))
             targets.append(continuation)
             owners.append((number, slot))
     scores = [[0.0] * len(q["choices"]) for q in questions]
-    # The choices of a question follow the same text, which runs once.
-    groups = [
-        [index for index, _ in some]
-        for _, some in groupby(enumerate(owners), key=lambda entry: entry[1][0])
-    ]
     for index, logits in position_logits(model, sequences, positions, batch_size, "choice", groups):
         target = torch.tensor(targets[index], device=logits.device)
         nll = torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()

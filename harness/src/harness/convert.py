@@ -2,15 +2,7 @@
 
 from pathlib import Path
 
-from harness import (
-    card,
-    checkpoint,
-    precision,
-    preflight,
-    sequential,
-    sparsity,
-    writer,
-)
+from harness import card, checkpoint, precision, preflight, sequential, sparsity, writer
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.footprint import stored_size

@@ -59,7 +59,8 @@ class Decoder:
     """A checkpoint opened for block-by-block work.
 
     Args:
-        dtype: of the computation; None asks the device (:func:`harness.precision.choose`).
+        dtype: of the computation: a torch.dtype, or the value of --dtype, of which "auto" asks the
+            device (:func:`harness.precision.choose`). name: the model as the user named it.
         sizes_only: no tensor will be asked for; families whose files transformers has to convert
             are then not read.
 
@@ -76,7 +77,8 @@ class Decoder:
         folder: Path,
         *,
         device: str = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str = "auto",
+        name: str | Path | None = None,
         sizes_only: bool = False,
     ):
         from accelerate import init_empty_weights
@@ -87,9 +89,11 @@ class Decoder:
         vars(self.config).pop("quantization_config", None)
         self.device = torch.device(device)
         self.stored_dtype = self.weights.dtype
-        if dtype is None and not sizes_only:
-            dtype = precision.choose("auto", self.stored_dtype, self.device, folder)
-        self.dtype = dtype or self.stored_dtype
+        if sizes_only:
+            dtype = self.stored_dtype
+        elif isinstance(dtype, str):
+            dtype = precision.choose(dtype, self.stored_dtype, self.device, name or folder)
+        self.dtype = dtype
         try:
             with init_empty_weights(include_buffers=False):
                 model = sizes.apply(AutoModelForCausalLM.from_config(self.config, dtype=self.dtype))
@@ -306,14 +310,14 @@ def stream_logits(
     windows: torch.Tensor,
     *,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str = "auto",
     batch_size: int | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(index of the first window, logits [B, T, V]) per batch, holding one block at a time.
 
     Memory: one block, the hidden states of all windows [N, T, D], one batch of logits.
     """
-    decoder = Decoder(checkpoint.resolve(model), device=device, dtype=dtype)
+    decoder = Decoder(checkpoint.resolve(model), device=device, dtype=dtype, name=model)
     window_length(decoder.config, windows.shape[1])
     parts = batches(windows, batch_size)
     hidden = [decoder.embed(part) for part in parts]

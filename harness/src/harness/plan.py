@@ -123,8 +123,7 @@ def print_plan(
     total_disk += outer * stored + writer.side_bytes(decoder.weights.folder) + 10 * ROW
     print(
         f"in all: at most about {peak / 1e9:.2f} GB of memory, {total_disk / 1e6 + 0.05:.1f} MB of "
-        "disk, "
-        f"{total_time / 60:.1f} minutes"
+        f"disk, {total_time / 60:.1f} minutes"
     )
 
 

@@ -26,15 +26,20 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
+def turn(module: nn.Module, matrix: torch.Tensor) -> torch.Tensor:
+    """[out, in] from a weight as ``module`` holds it, and back: GPT-2's Conv1D has [in, out]."""
+    return matrix.T if isinstance(module, Conv1D) else matrix
+
+
 def get_matrix(module: nn.Module) -> torch.Tensor:
-    """The weight as [out, in] (GPT-2's Conv1D stores [in, out])."""
-    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+    """The weight as [out, in]."""
+    return turn(module, module.weight.data)
 
 
 @torch.no_grad()
 def set_matrix(module: nn.Module, matrix: torch.Tensor) -> None:
     """Inverse of :func:`get_matrix`, in place; [out, in] of any float dtype."""
-    module.weight.data.copy_(matrix.T if isinstance(module, Conv1D) else matrix)
+    module.weight.data.copy_(turn(module, matrix))
 
 
 @torch.no_grad()

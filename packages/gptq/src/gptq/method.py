@@ -9,19 +9,9 @@ from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight, nearest
 from harness.hessian import Hessian, inverse_factor
 from harness.perplexity import window_length
-from harness.tensors import Weights
 
 from gptq.solver import act_order, solve
-from harness import (
-    checkpoint,
-    data,
-    distributed,
-    formats,
-    precision,
-    preflight,
-    sequential,
-    writer,
-)
+from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
 
 ROWS_FOR_NORM = 256
 
@@ -87,9 +77,8 @@ def quantize(
         static_groups = True
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
-    stored = Weights(folder).dtype
-    computed = precision.choose(dtype, stored, device, model)
-    decoder = Decoder(folder, device=device, dtype=computed)
+    decoder = Decoder(folder, device=device, dtype=dtype, name=model)
+    stored = decoder.stored_dtype
     dtypes = {"dtype": stored, "scale_dtype": formats.scale_dtype(format, stored)}
     settings = {
         "wbits": wbits, "groupsize": groupsize, "sym": sym, "mse": mse, "nearest": nearest,

@@ -8,18 +8,8 @@ from harness.grid import Grid
 from harness.hessian import Hessian
 from harness.perplexity import window_length
 from harness.stages import get_matrix, linears
-from harness.tensors import Weights
 
-from harness import (
-    checkpoint,
-    data,
-    distributed,
-    formats,
-    precision,
-    preflight,
-    sequential,
-    writer,
-)
+from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
 from sparse import methods
 from sparse.command import PACKED
 from sparse.ratios import owl
@@ -107,9 +97,8 @@ def prune(
 
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
-    stored = Weights(folder).dtype
-    computed = precision.choose(dtype, stored, device, model)
-    decoder = Decoder(folder, device=device, dtype=computed)
+    decoder = Decoder(folder, device=device, dtype=dtype, name=model)
+    stored = decoder.stored_dtype
     chosen = _chosen(decoder, minlayer, maxlayer, prune_only, invert)
     _check_divides(chosen, goal)
     all_of_them = len(chosen) == sum(len(linears(block)) for block in decoder.blocks)

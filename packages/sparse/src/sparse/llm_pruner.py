@@ -228,17 +228,15 @@ def _where(result: dict, out: str) -> str:
 
 def _perplexity(args: argparse.Namespace, model: str, when: str) -> None:
     from harness.decoder import stream_logits
-    from harness.tensors import Weights
 
-    from harness import checkpoint, data, perplexity, precision
+    from harness import checkpoint, data, perplexity
 
     dataset = args.dataset or "stdlib"
     folder = checkpoint.resolve(model)
     seqlen = perplexity.window_length(checkpoint.load_config(folder))
     windows = data.evaluation(checkpoint.load_tokenizer(folder), dataset, seqlen=seqlen)
     device = checkpoint.pick_device(args.device)
-    dtype = precision.choose(args.dtype, Weights(folder).dtype, device, model)
-    logits = stream_logits(folder, windows, device=device, dtype=dtype)
+    logits = stream_logits(model, windows, device=device, dtype=args.dtype)
     value = perplexity.perplexity_of_logits(logits, windows).value
     print(f"{dataset}: token perplexity {when} pruning {value:.3f} (seqlen {seqlen})")
 

@@ -12,7 +12,6 @@ import torch
 from harness.decoder import Decoder
 from harness.errors import UserError, nearest
 from harness.perplexity import window_length
-from harness.tensors import Weights
 
 from harness import checkpoint, data, distributed, precision, preflight, writer
 from sparse import cut as cuts
@@ -74,9 +73,7 @@ def prune(
     _check_words(pruning_ratio, level, pruner_type, taylor, grouping_strategy, locals())
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
-    stored = Weights(folder).dtype
-    computed = precision.choose(dtype, stored, device, model)
-    decoder = Decoder(folder, device=device, dtype=computed)
+    decoder = Decoder(folder, device=device, dtype=dtype, name=model)
     preflight.check(decoder, None, "dense", Path(out))
     if not dry_run:
         writer.check_out(Path(out), overwrite)
@@ -138,10 +135,10 @@ def prune(
         cuts.check(exact, cut, cut.alive)
     step = {
         "method": "llm_pruner", "base": str(model), "command": command, "settings": settings,
-        "calibration": calibration, "dtype": precision.record(computed, stored),
+        "calibration": calibration, "dtype": precision.record(decoder.dtype, decoder.stored_dtype),
     }  # fmt: skip
     result = shrink.summary(decoder, cut, max_seq_len)
-    mark = {"base": str(model), "dtype": precision.name(computed), "seed": seed, **settings}
+    mark = {"base": str(model), "dtype": precision.name(decoder.dtype), "seed": seed, **settings}
     mark |= calibration or {}
 
     def write():
