@@ -2,8 +2,8 @@
 # The whole house in one go, without a hub or a GPU: compress the embedded tiny-llama with
 # round-to-nearest and with GPTQ at 4, 3 and 2 bits, measure every result, draw the frontier.
 #   bash recipes/quickstart.sh [OUT]      results under OUT (default out/quickstart)
-# About 6 minutes on 2 CPU cores. Another model, other widths, less of everything; LIMIT=300 measures
-# on the whole test split, for a quarter of an hour:
+# Minutes on 2 CPU cores. Another model, other widths, less of everything; LIMIT=300 measures on the
+# whole test split:
 #   MODEL=tiny-llama-student BITS="4 3" NSAMPLES=16 LIMIT=50 bash recipes/quickstart.sh
 set -euo pipefail
 # Waiting threads sleep: spinning ones save a quarter on an idle CPU and cost double on a busy one.

@@ -4,8 +4,8 @@ else float32.
 What is written keeps the checkpoint's own dtype, whatever was computed in: values are rounded to it
 before they are evaluated.
 
-On an x86 core with AVX2 alone, products run at 46 to 60 GFLOP/s in float32 and at 0.8 to 9 in
-bfloat16 and float16 (measured). The question is put to the processor's flags and not to a clock, so
+On an x86 core with AVX2 alone, products ran at 25 to 34 GFLOP/s in float32 and at 1 to 5 in
+bfloat16 and float16. The question is put to the processor's flags and not to a clock, so
 that a resumed run gets the answer of the first.
 """
 
