@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 from harness.errors import UserError
+from harness.grid import Grid
 from harness.macs import macs_per_token, skeleton
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import footprint as fp
+from harness import quantconfig
 
 SIZES = {
     "vocab_size": 101,
@@ -53,10 +55,16 @@ def test_macs_follow_the_sizes_in_the_file():
     assert before["attention"] - after["attention"] == 2 * 16 * 8
 
 
-def save(folder, tensors):
+def save(folder, tensors, quantization=None):
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
+    config = {"quantization_config": quantization} if quantization else {}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def described(layout, symmetric=True):
+    return quantconfig.describe(Grid(4, 32, symmetric), layout, False, [])
 
 
 def test_dense_checkpoint_counts_parameters_and_not_masks(tmp_path):
@@ -88,7 +96,7 @@ def test_packed_linears_count_as_the_matrices_they_stand_for(tmp_path):
         "a.bias": torch.zeros(rows, dtype=torch.bfloat16),
         "norm.weight": torch.zeros(columns, dtype=torch.bfloat16),
     }
-    size = fp.footprint(save(tmp_path / "ct", packed))
+    size = fp.footprint(save(tmp_path / "ct", packed, described("compressed-tensors")))
     assert size.quantized_parameters == rows * columns
     assert size.parameters == rows * columns + rows + columns
     held = rows * columns // 2 + 2 * rows * groups + 16
@@ -100,7 +108,7 @@ def test_packed_linears_count_as_the_matrices_they_stand_for(tmp_path):
         "a.scales": torch.zeros(groups, rows, dtype=torch.float16),
         "a.g_idx": torch.zeros(columns, dtype=torch.int32),
     }
-    size = fp.footprint(save(tmp_path / "gptq", gptq))
+    size = fp.footprint(save(tmp_path / "gptq", gptq, described("gptq")))
     assert size.parameters == size.quantized_parameters == rows * columns
     held = rows * columns // 2 + groups * rows // 2 + 2 * groups * rows + 4 * columns
     assert size.bits_per_weight == 8 * held / (rows * columns)
@@ -112,9 +120,10 @@ def test_shards_are_summed_and_a_missing_one_is_named(tmp_path):
         save_file({name: tensor}, tmp_path / f"model-{i}.safetensors")
     index = {"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
     assert fp.footprint(tmp_path).parameters == 17
     (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-1\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"names model-1\.safetensors, which is not there"):
         fp.footprint(tmp_path)
 
 

@@ -14,7 +14,7 @@ from harness.tensors import Weights
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint, formats, sequential
+from harness import checkpoint, formats, quantconfig, sequential
 
 WIDTHS = range(2, 9)
 PACKED = ("compressed-tensors", "gptq")
@@ -34,10 +34,10 @@ def same(one, other):
 
 
 def round_trip(weight, layout):
-    config = formats.quantization_config(weight.grid, layout, False, [])
+    config = quantconfig.describe(weight.grid, layout, False, [])
     tensors = formats.encode("x", weight, layout)
     assert all(t.is_contiguous() for t in tensors.values())
-    return formats.decode(tensors.__getitem__, "x", layout, json.loads(json.dumps(config)))
+    return formats.decode(tensors, "x", layout, json.loads(json.dumps(config)))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -66,7 +66,8 @@ def test_files_of_both_packings_of_compressed_tensors_are_read(version):
     narrow that both take as many words."""
     path = Path(__file__).parent / "packings" / f"compressed-tensors-{version}.safetensors"
     with safe_open(path, framework="pt") as file:
-        names = {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = {name.rpartition(".")[0] for name in held}
         assert len(names) == 12
         for name in names:
             width = int(name[1])
@@ -74,8 +75,8 @@ def test_files_of_both_packings_of_compressed_tensors_are_read(version):
             rows, columns = file.get_tensor(f"{name}.weight_shape").tolist()
             groups = scale.shape[1]
             grid = Grid(width, -1 if groups == 1 else columns // groups)
-            config = formats.quantization_config(grid, "compressed-tensors", False, [])
-            found = formats.decode(file.get_tensor, name, "compressed-tensors", config)
+            config = quantconfig.describe(grid, "compressed-tensors", False, [])
+            found = formats.decode(held, name, "compressed-tensors", config)
             codes = (torch.arange(rows)[:, None] * 7 + torch.arange(columns) * 3) % 2**width
             zero = (torch.arange(rows)[:, None] * 5 + torch.arange(groups) * 11) % 2**width
             assert torch.equal(found.codes, codes.to(torch.uint8)), name
@@ -89,9 +90,9 @@ def test_words_that_are_of_neither_packing_are_refused():
     weight = quantized(8, 64, Grid(3, -1))
     tensors = formats.encode("x", weight, "compressed-tensors")
     tensors["x.weight_packed"] = tensors["x.weight_packed"][:, :-1]
-    config = formats.quantization_config(weight.grid, "compressed-tensors", False, [])
+    config = quantconfig.describe(weight.grid, "compressed-tensors", False, [])
     with pytest.raises(UserError, match=r"has 5 words a row; 64 values of 3 bits take 6 .* 7"):
-        formats.decode(tensors.__getitem__, "x", "compressed-tensors", config)
+        formats.decode(tensors, "x", "compressed-tensors", config)
 
 
 def test_other_programs_files_are_read_as_transformers_reads_them(llamas, tmp_path):
@@ -148,7 +149,7 @@ def test_gptq_words_are_autogptqs(bits, symmetric):
     dtypes = {k: t.dtype for k, t in tensors.items()}
     assert dtypes["x.qweight"] == dtypes["x.qzeros"] == dtypes["x.g_idx"] == torch.int32
     assert dtypes["x.scales"] == torch.float16
-    config = formats.quantization_config(weight.grid, "gptq", False, [])
+    config = quantconfig.describe(weight.grid, "gptq", False, [])
     assert config["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
 
 
@@ -167,9 +168,8 @@ def test_what_a_layout_cannot_hold_is_refused():
         formats.check("gptq", Grid(3), {"x.q": (40, 64)})
     formats.check("gptq", Grid(4), {"x.q": (40, 64)})
     formats.check("compressed-tensors", Grid(5), {"x.q": (41, 63)})
-    assert formats.layout_of({"quant_method": "awq"}) == "other"
-    assert formats.layout_of({"quant_method": "gptq", "desc_act": True}) == "other"
-    assert formats.layout_of(None) == "dense"
+    assert quantconfig.layout_of({"quant_method": "awq"}) == "other"
+    assert quantconfig.layout_of(None) == "dense"
 
 
 def round_to_nearest(source, out, grid, layout):

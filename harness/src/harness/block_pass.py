@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from harness import bitmask, distributed, formats, memory, precision, writer
+from harness import bitmask, distributed, formats, memory, precision, sizes, writer
 from harness.decoder import batches
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight
@@ -90,7 +90,8 @@ class BlockPass:
             return
         parts = batches(windows)
         parts = parts[distributed.shares(len(parts))[distributed.rank()]]
-        size = windows.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
+        width = decoder.config.get_text_config().hidden_size
+        size = windows.numel() * width * decoder.dtype.itemsize
         if 4 * size < memory.free(decoder.device):
             self.store = decoder.device
         self.seqlen = windows.shape[1]
@@ -267,10 +268,10 @@ class BlockPass:
     def _fits(self, block) -> bool:
         """Whether all batches' activations inside a block may be held at once."""
         config = self.decoder.model.config
-        per_token = 3 * config.hidden_size
+        per_token = 3 * config.get_text_config().hidden_size
         per_token += sum(sum(get_matrix(m).shape) for m in linears(block).values())
         if config._attn_implementation == "eager":  # its scores and probabilities live on too
-            per_token += 4 * config.num_attention_heads * self.seqlen
+            per_token += 4 * sizes.model_heads(config) * self.seqlen
         tokens = sum(h.shape[0] * h.shape[1] for h in self.hidden)
         need = per_token * tokens * self.decoder.dtype.itemsize
         free = memory.free(self.decoder.device)

@@ -6,7 +6,7 @@ Tensor by tensor: tensors.py. Writing is in writer.py; the layouts of packed mat
 import re
 from pathlib import Path
 
-from harness import precision, sizes
+from harness import names, precision, sizes
 from harness.errors import UserError, nearest, one_line
 from harness.tensors import Weights, open_file
 
@@ -60,12 +60,13 @@ def load_config(folder: Path):
     """The model's transformers config.
 
     Raises:
-        UserError: transformers cannot read it, or it is not of a decoder-only causal LM.
+        UserError: transformers cannot read it, or not without code of the folder's own, or it is
+            not of a decoder-only causal LM (alone, or as the text part of an image-text model).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the file's values run through the family's own checks
         raise UserError(f"{folder}/config.json cannot be read: {one_line(error)}") from error
     # BERT's relatives are in the mapping for the sake of their decoders; GPT-NeoX, a decoder,
@@ -74,8 +75,8 @@ def load_config(folder: Path):
     encoder = getattr(config, "is_decoder", None) is False and not any(
         "CausalLM" in name or "LMHead" in name for name in names
     )
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    if encoder or config.is_encoder_decoder or not known:
+    known = sizes.model_class(config) is not None
+    if encoder or getattr(config, "is_encoder_decoder", False) or not known:
         raise UserError(
             f"{folder} is a {config.model_type} model ({', '.join(names)}); expected a "
             "decoder-only causal language model."
@@ -88,7 +89,7 @@ def load_tokenizer(model: str | Path):
 
     folder = resolve(model)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the file's contents lead to
         if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
             raise UserError(
@@ -127,15 +128,24 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype="auto", load: st
 def _load_packed(weights: Weights, config, dtype):
     """A packed checkpoint with its linears dequantized."""
     vars(config).pop("quantization_config", None)
-    state = {name: weights.read(name, dtype) for name in sorted(weights.names)}
-    return _load_complete(weights.folder, None, config=config, state_dict=state, dtype=dtype)
+    # What is not packed goes as it is stored: transformers knows what stays in float32.
+    state = {
+        name: weights.read(name, dtype if weights.is_packed(name) else None)
+        for name in sorted(weights.names)
+    }
+    return _load_complete(weights, None, config=config, state_dict=state, dtype=dtype)
 
 
-def _load_complete(folder: Path, *where, config, **more):
+def _load_complete(weights: Weights, *where, config, **more):
     """transformers' from_pretrained; tensors that are missing or of another shape are an error in
-    one line, and transformers' table of them is not shown."""
+    one line, those that the model has no place for are named in one, and transformers' table of
+    them is not shown."""
     from transformers.utils import logging
 
+    from harness.macs import skeleton
+
+    found = names.match(skeleton(config), weights)
+    names.say_extra(found.extra, weights.folder)
     said = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -145,25 +155,23 @@ def _load_complete(folder: Path, *where, config, **more):
     finally:
         logging.set_verbosity(said)
     for name, stored, wanted in sorted(report["mismatched_keys"]):
-        raise UserError(
-            f"{name} has shape {list(stored)} in {folder}; config.json asks for {list(wanted)}. "
-            "The two do not belong together."
-        )
+        names.check_shape(name, stored, wanted)
     missing = report["missing_keys"]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} tensors that config.json asks for, {min(missing)} "
-            "among them; the checkpoint is incomplete."
+            f"{weights.folder} lacks {len(missing)} tensors that config.json asks for, "
+            f"{min(missing)} among them; the checkpoint is incomplete."
         )
     return model
 
 
 def load_dense(folder: Path, dtype):
     """A dense checkpoint through transformers; missing tensors are an error, never random."""
-    for file in set(Weights(folder).files()):
+    weights = Weights(folder)
+    for file in weights.files():
         open_file(folder / file)
     try:
-        return _load_complete(folder, folder, config=load_config(folder), dtype=dtype)
+        return _load_complete(weights, folder, config=load_config(folder), dtype=dtype)
     except UserError:
         raise
     except Exception as error:  # transformers over the user's files

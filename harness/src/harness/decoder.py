@@ -9,20 +9,22 @@ Legend: B windows in a batch, T tokens per window, D hidden size, V vocabulary.
 """
 
 import functools
-import sys
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from harness import checkpoint, precision, sizes
+from harness import checkpoint, distributed, names, precision, sizes
 from harness.errors import UserError, one_line
 from harness.perplexity import window_length
 from harness.stages import linears
 from harness.tensors import Weights
 
 TOKENS_PER_BATCH = 4096
+PROBE_TOKENS = 4
+MOST_RETURNED = 5  # items in the tuple that a block returns
 
 
 class _Stop(Exception):
@@ -82,7 +84,6 @@ class Decoder:
         sizes_only: bool = False,
     ):
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
 
         self.weights = Weights(folder)
         self.config = checkpoint.load_config(folder)
@@ -96,7 +97,7 @@ class Decoder:
         self.dtype = dtype
         try:
             with init_empty_weights(include_buffers=False):
-                model = sizes.apply(AutoModelForCausalLM.from_config(self.config, dtype=self.dtype))
+                model = sizes.build(self.config, self.dtype)
         except Exception as error:  # the family's own code over the file's values
             raise UserError(
                 f"{folder}/config.json describes no model that transformers can build: "
@@ -104,55 +105,48 @@ class Decoder:
             ) from error
         self.differentiable = False
         self.model = model.eval()
+        _keep_float32(self.model, self.dtype)
         self.prefix, self.blocks = find_blocks(self.model)
         self._parent, _, self._attribute = self.prefix.rpartition(".")
-        self._tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         self._arguments: dict[tuple[int, int], list[tuple]] = {}
-        self._tuple_output = False
+        self._returns: int | None = None  # items of the tuple that a block returns, 0: no tuple
         self._outer_loaded = False
-        self._stored = self._stored_names()
-        self._converted = None if self._stored or sizes_only else self._load_converted()
+        self.names = names.match(self.model, self.weights)
+        names.say_extra(self.names.extra, folder)
+        shared = [n for n in self.names.tied if n.startswith(self.prefix + ".")]
+        if shared:
+            raise UserError(
+                f"{type(self.model).__name__} shares weights between its blocks ({shared[0]}), "
+                "which block-by-block work does not support."
+            )
+        self._made: dict[str, torch.Tensor] = {}
+        if self.names.converted and not sizes_only:
+            self._made = self._load_converted()
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     # -- names and tensors ------------------------------------------------------------------
 
-    def _stored_names(self) -> dict[str, str]:
-        """Model name -> the checkpoint's name (base-model prefixes may be there or not); empty
-        where some parameter is not in the checkpoint under any of these."""
-        base = f"{self.model.base_model_prefix}."
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        stored = {}
-        for name, tensor in self.model.state_dict().items():
-            spellings = (name, name.removeprefix(base), base + name)
-            found = next((s for s in spellings if s in self.weights.names), None)
-            if found:
-                stored[name] = found
-                _check_shape(name, self.weights.shape(found), tensor.shape)
-            elif name in parameters and name not in self._tied:
-                if self.weights.layout != "dense":
-                    self.weights.stored(name)  # says that it is missing
-                return {}
-        return stored
-
     def _load_converted(self) -> dict[str, torch.Tensor]:
-        """The whole model through transformers, for families whose files need its conversions
-        (fused experts, renamed heads)."""
+        """What transformers makes of several stored tensors (fused experts) or turns, which takes
+        loading the whole model."""
         folder = self.weights.folder
-        print(
-            f"{folder} stores its tensors under other names than the model: loading it whole.",
-            file=sys.stderr,
+        distributed.say_once(
+            f"{folder} stores its tensors under other names than the model: loading it whole."
         )
-        return checkpoint.load_dense(folder, self.stored_dtype).state_dict()
+        whole = checkpoint.load_model(folder, dtype=self.stored_dtype).state_dict()
+        return {n: t for n, t in whole.items() if n not in self.names.plain}
 
     def block_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Every tensor of block ``index`` by its full model name, bit for bit as it is stored."""
         return {n: self.stored(n) for n in self._inner(index)}
 
     def outer_tensors(self) -> dict[str, torch.Tensor]:
-        """The same for everything outside the blocks, tied tensors once."""
-        return {n: self.stored(n) for n in self._outer()}
+        """The same for everything outside the blocks, tied tensors once; with what the files hold
+        beyond the model (the blocks of a multi-token predictor), by the names there."""
+        extra = {n: self.weights.read(n) for n in self.names.extra}
+        return extra | {n: self.stored(n) for n in self._outer()}
 
     def outer_size(self) -> int:
         """How many numbers those hold."""
@@ -164,12 +158,12 @@ class Decoder:
         return [n for n in names if self.has(n)]
 
     def _outer(self) -> list[str]:
-        names = [n for n in self.model.state_dict() if not n.startswith(self.prefix + ".")]
-        return [n for n in names if n not in self._tied and self.has(n)]
+        outside = [n for n in self.model.state_dict() if not n.startswith(self.prefix + ".")]
+        return [n for n in outside if n not in self.names.tied and self.has(n)]
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor of this model name."""
-        return name in (self._stored if self._converted is None else self._converted)
+        return name in self.names.plain or name in self._made
 
     def stored(self, name: str) -> torch.Tensor:
         """A tensor by its model name, bit for bit as the checkpoint holds it, on the CPU; of a
@@ -181,21 +175,22 @@ class Decoder:
         return _finite(name, self._tensor(name, None))
 
     def _read(self, name: str) -> torch.Tensor:
-        """The same in the dtype of the computation."""
+        """The same in the dtype in which the model computes with it."""
         return _finite(name, self._tensor(name, self.dtype))
 
     def _tensor(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        if self._converted is None:
-            return self.weights.read(self._stored[name], dtype)
-        tensor = self._converted[name]
-        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        if name in self._made:
+            return self._made[name]
+        stored = self.names.plain[name]
+        # Plain tensors are cast where they are put: transformers keeps some in float32.
+        return self.weights.read(stored, dtype if self.weights.is_packed(stored) else None)
 
     def load(self, index: int, tensors: dict[str, torch.Tensor] | None = None) -> nn.Module:
         """Block ``index`` with its weights (or ``tensors``, by full name) on the device."""
         block = self.blocks[index]
         if tensors is None:
             tensors = {n: self._read(n) for n in self._inner(index)}
-        _fill(block, tensors, self.device, self.dtype, f"{self.prefix}.{index}.")
+        _fill(block, tensors, self.device, f"{self.prefix}.{index}.")
         for buffer_name, buffer in list(block.named_buffers()):
             _put(block, buffer_name, buffer.to(self.device), buffer=True)
         return block
@@ -210,8 +205,14 @@ class Decoder:
 
     @_no_grad
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, D] that enter block 0, for token ids [B, T]."""
+        """Hidden states [B, T, D] that enter block 0, for token ids [B, T].
+
+        Raises:
+            UserError: this model's blocks cannot be run one by one.
+        """
         self._load_outer()
+        if self._returns is None:
+            self._returns = self._prove(ids[:1, :PROBE_TOKENS])
         seen = []
 
         def act(index):
@@ -219,19 +220,13 @@ class Decoder:
                 seen.append((hidden, args, kwargs))
                 if index == len(self) - 1:
                     raise _Stop
-                # Never what this block was handed: some models take the first item of what a
-                # block returns, of a bare tensor its first window, and so on to nothing.
-                return seen[0][0]
+                return self._as_returned(seen[0][0])
 
             return record
 
         self._run_outer(ids, [act(i) for i in range(len(self))])
-        if len(seen) != len(self):
-            raise UserError(
-                f"{type(self.model).__name__} does not call its blocks one after another."
-            )
         arguments = [(args, kwargs) for _, args, kwargs in seen]
-        known = self._arguments.setdefault(tuple(ids.shape), arguments)
+        known = self._arguments.setdefault(tuple(seen[0][0].shape[:2]), arguments)
         if not _same(known, arguments):
             raise UserError(
                 f"the blocks of {type(self.model).__name__} take inputs that differ from window to "
@@ -239,14 +234,64 @@ class Decoder:
             )
         return seen[0][0]
 
+    def _as_returned(self, hidden: torch.Tensor, other=None):
+        """``hidden`` in the shape in which the model takes what a block returns."""
+        return (hidden, *[other] * (self._returns - 1)) if self._returns else hidden
+
+    def _prove(self, ids: torch.Tensor) -> int:
+        """Whether the model hands every block what the one before returned, each once and in order,
+        and nothing else of it; how many items it takes from a block (0: no tuple).
+
+        Raises:
+            UserError: it does not: what block by block work would make of it is another model.
+        """
+        fault = "does not call its blocks one after another"
+        for count in range(MOST_RETURNED):
+            self._returns = count
+            fault_here, reached = self._try_out(ids)
+            if fault_here is None:
+                return count
+            fault = fault_here if reached or not count else fault
+        self._returns = None
+        raise UserError(
+            f"{type(self.model).__name__} {fault}; this family is not supported block by block."
+        )
+
+    def _try_out(self, ids: torch.Tensor) -> tuple[str | None, bool]:
+        """Run the model once with marks in place of what its blocks return."""
+        marks, calls, other = [], [], object()
+        wrong = []
+
+        def act(index):
+            def mark(hidden, args, kwargs):
+                calls.append(index)
+                handed = marks[-1] if marks else hidden
+                if hidden is not handed and not _same(hidden, handed):
+                    wrong.append("changes hidden states between its blocks")
+                if any(value is other for value in (*args, *kwargs.values())):
+                    wrong.append("hands on more than hidden states from block to block")
+                marks.append(torch.full_like(hidden, 1 + len(marks) / 8))
+                return self._as_returned(marks[-1], other)
+
+            return mark
+
+        try:
+            self._run_outer(ids, [act(i) for i in range(len(self))])
+        except (torch.OutOfMemoryError, MemoryError, UserError):
+            raise
+        except Exception as error:  # the family's own code, given what its blocks do not return
+            return f"cannot be run on text alone ({one_line(error)})", False
+        if calls != list(range(len(self))):
+            wrong.append("does not call its blocks one after another")
+        return (wrong[0] if wrong else None), True
+
     @_no_grad
     def forward(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None):
         """Output [B, T, D] of the loaded block ``index``, or of ``block`` in its place; some [B, T]
         ids were embedded before."""
         args, kwargs = self._arguments[tuple(hidden.shape[:2])][index]
         output = (block or self.blocks[index])(hidden, *args, **kwargs)
-        self._tuple_output = isinstance(output, tuple)
-        return output[0] if self._tuple_output else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     @_no_grad
     def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -255,8 +300,7 @@ class Decoder:
 
         def act(index):
             def inject(_, args, kwargs):
-                value = hidden if index == last else _
-                return (value,) if self._tuple_output else value
+                return self._as_returned(hidden if index == last else _)
 
             return inject
 
@@ -282,20 +326,44 @@ class Decoder:
         if self._outer_loaded:
             return
         outer = {n: self._read(n) for n in self._outer()}
-        _fill(self.model, outer, self.device, self.dtype)
+        _fill(self.model, outer, self.device)
         for name, buffer in list(self.model.named_buffers()):
             if not name.startswith(self.prefix + "."):
                 _put(self.model, name, buffer.to(self.device), buffer=True)
-        self.model.tie_weights()
+        for name, source in self.names.tied.items():
+            _put(self.model, name, self.model.get_parameter(source))
         self._outer_loaded = True
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the outermost ModuleList whose members hold linears."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and all(linears(b) for b in module):
-            return name, module
+    """Name and list of the decoder blocks: in the model's text part the outermost ModuleList whose
+    members hold linears, if one has as many members as the config has blocks that one."""
+    text = model.config.get_text_config()
+    part = model.get_decoder() if hasattr(model, "get_decoder") else None
+    within = next((f"{n}." for n, m in model.named_modules() if m is part and n), "")
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(linears(b) for b in module)
+    ]
+    # "decoder" is another thing in some families (ModernBERT's is its head).
+    lists = [found for found in lists if found[0].startswith(within)] or lists
+    depth = getattr(text, "num_hidden_layers", None)
+    for name, module in [found for found in lists if len(found[1]) == depth] or lists:
+        return name, module
     raise UserError(f"{type(model).__name__} has no list of blocks with linear layers in them.")
+
+
+def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the tensors that transformers keeps in float32, while a model is loaded in ``dtype``,
+    that dtype."""
+    plan = model._get_dtype_plan(dtype)
+    patterns = [(re.compile(key.replace("*", ".*")), kept) for key, kept in plan.items()]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        kept = next((kept for pattern, kept in patterns if pattern.search(name)), None)
+        if kept is not None and tensor.is_floating_point():
+            _put(model, name, tensor.to(kept), buffer=name not in parameters)
 
 
 def batches(windows: torch.Tensor, batch_size: int | None = None) -> list[torch.Tensor]:
@@ -352,33 +420,16 @@ def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _fill(
-    module: nn.Module,
-    tensors: dict[str, torch.Tensor],
-    device,
-    dtype: torch.dtype,
-    prefix: str = "",
-) -> None:
+def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device, prefix: str = "") -> None:
+    """Put ``tensors``, by full name, in the places of ``module``'s, each in the dtype of its
+    place."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(prefix)
-        is_buffer = name not in dict(module.named_parameters(remove_duplicate=False))
-        current = module.get_buffer(name) if is_buffer else module.get_parameter(name)
-        _check_shape(full_name, tensor.shape, current.shape)
-        if current.is_floating_point() and not tensor.is_floating_point():
-            raise UserError(
-                f"{full_name} holds {tensor.dtype}, and config.json tells no quantization that it "
-                "is of; get the dense checkpoint."
-            )
-        dtype_here = dtype if tensor.is_floating_point() else tensor.dtype
-        _put(module, name, tensor.to(device, dtype_here), buffer=is_buffer)
-
-
-def _check_shape(name: str, stored: tuple[int, ...] | None, wanted: torch.Size) -> None:
-    if stored is not None and tuple(stored) != tuple(wanted):
-        raise UserError(
-            f"{name} has shape {list(stored)} in the checkpoint; config.json asks for "
-            f"{list(wanted)}. The two do not belong together."
-        )
+        is_buffer = name not in parameters
+        current = module.get_buffer(name) if is_buffer else parameters[name]
+        names.check_shape(full_name, tensor.shape, current.shape)
+        _put(module, name, tensor.to(device, current.dtype), buffer=is_buffer)
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor, buffer: bool = False) -> None:

@@ -4,6 +4,7 @@ Start with ``torchrun --nproc-per-node 2 -m gptq ...`` or ``accelerate launch``:
 on CUDA. Every rank sees the same files; rank 0 alone writes.
 """
 
+import functools
 import os
 import sys
 from contextlib import contextmanager
@@ -119,6 +120,12 @@ def say(text: str) -> None:
     """A line on stderr, from rank 0 alone."""
     if rank() == 0:
         print(text, file=sys.stderr)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """The same, once however often a checkpoint is opened."""
+    say(text)
 
 
 def shares(count: int) -> list[slice]:

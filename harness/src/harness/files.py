@@ -149,6 +149,30 @@ def _csv_starts(path: Path) -> Iterator[int]:
         start = reader.line_num + 1
 
 
+def regular(folder: Path, name: str) -> Path:
+    """The file ``name`` of a checkpoint ``folder``: a regular file in it. Links may lead elsewhere
+    within the folder, and from a snapshot of the hub's cache to that cache's blobs.
+
+    Raises:
+        UserError: it is not there, lies outside, or is no regular file (a pipe would never end).
+    """
+    path = folder / name
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{folder} names the file {name!r:.80}; expected one within the folder.")
+    try:
+        home, real = folder.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is not there or cannot be followed: {one_line(error)}") from error
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in homes):
+        raise UserError(f"{path} is a link to {real}, outside of its folder; copy the file there.")
+    if not real.is_file():
+        raise UserError(f"{path} is no regular file; expected one.")
+    return path
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file.
 

@@ -4,32 +4,16 @@ Checkpoints are measured from the headers of their safetensors files; no weight 
 linears count as the dense matrices they stand for.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
+from harness import files, packed, quantconfig, weight_files
 from harness.errors import UserError
+from harness.weight_files import Stored
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
-# What marks a linear X as packed, and the other tensors that it needs (all names follow "X.").
-PACKED = {
-    "weight_packed": ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-    "qweight": ("qzeros", "scales", "g_idx"),
-    "weight_bitmask": ("weight", "weight_shape"),
-}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor in a safetensors file: dtype as the format names it ("BF16"), bytes, place."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    file: Path
-    offset: int
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
@@ -50,95 +34,69 @@ class Footprint:
         return asdict(self)
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor in a folder's safetensors files ({} where there are none).
-
-    Raises UserError for a truncated or damaged file.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [folder / name for name in files]
-    else:
-        single = folder / "model.safetensors"
-        paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    return {name: stored for path in paths for name, stored in _header(path).items()}
-
-
-def _header(path: Path) -> dict[str, Stored]:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = Stored(
-                entry["dtype"], tuple(entry["shape"]), end - begin, path, 8 + length + begin
-            )
-        last = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
-        if last != size:
-            raise ValueError(f"{size} bytes where the header promises {last}")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; the index beside it names it") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged or truncated ({error}); write or download it again"
-        ) from None
-    return tensors
-
-
-def packed_linears(tensors: Mapping[str, Stored]) -> dict[str, tuple[tuple[int, int], int]]:
+def packed_linears(
+    tensors: Mapping[str, Stored], quantization: dict | None
+) -> dict[str, tuple[tuple[int, int], int]]:
     """Linear name -> ((rows, columns) of the dense matrix it stands for, bytes of its tensors).
 
-    Pruned linears without their zeros are among them.
+    Pruned linears without their zeros are among them. `quantization` is the checkpoint's
+    quantization_config.
     """
+    layout = quantconfig.layout_of(quantization)
     found = {}
-    for name, stored in tensors.items():
-        linear, _, suffix = name.rpartition(".")
-        if suffix not in PACKED:
-            continue
-        names = [name, *(f"{linear}.{s}" for s in PACKED[suffix])]
-        nbytes = sum(tensors[n].nbytes for n in names if n in tensors)
-        if suffix == "qweight":
-            # 32 bits hold 32/bits rows of [in, out]; g_idx has one entry per input.
-            shape = (stored.shape[1], tensors[f"{linear}.g_idx"].shape[0])
+    for linear in packed.linears_of(tensors, layout):
+        parts = {packed.MARKS[layout], *packed.NEEDED[layout], *packed.OPTIONAL[layout]} - {"bias"}
+        held = [tensors[f"{linear}.{part}"] for part in parts if f"{linear}.{part}" in tensors]
+        if layout == "gptq":
+            words, rows = tensors[f"{linear}.qweight"].shape
+            shape = (rows, words * 32 // quantconfig.grid_of(quantization).bits)
         else:
             shape = _small_int64s(tensors[f"{linear}.weight_shape"])
-        found[linear] = (shape, nbytes)
+        found[linear] = (shape, sum(stored.nbytes for stored in held))
     return found
 
 
 def stored_size(folder: Path, config) -> Footprint:
     """`footprint` of a checkpoint with its transformers config, whatever its files.
 
-    Old .bin files have no header: their parameters are counted from the config.
+    Of old .bin files, which have no header, and of what is not read here (AWQ, FP8, ...) the
+    parameters are counted from the config.
     """
-    if any(folder.glob("*.safetensors")):
+    raw = files.read_json(folder / "config.json")
+    paths, safe = weight_files.locate(folder, raw)
+    if safe and quantconfig.layout_of(quantconfig.of(raw, folder / "config.json")) != "other":
         tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
         return footprint(folder, bool(tied))
     from harness.macs import skeleton
 
-    disk = sum(path.stat().st_size for path in folder.glob("*.bin"))
-    if not disk:
-        raise UserError(f"{folder} holds no weights (neither .safetensors nor .bin)")
+    disk = sum(path.stat().st_size for path in paths)
     parameters = sum(p.numel() for p in skeleton(config).parameters())
     return Footprint(parameters, 0, disk, None, 8 * disk / parameters)
 
 
 def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """(rows, columns) of every matrix in a checkpoint's files, by the name of its module."""
-    tensors = read_headers(folder)
+    tensors, quantization = _read(folder)
     plain = {
         name.removesuffix(".weight"): stored.shape
         for name, stored in tensors.items()
         if name.endswith(".weight") and len(stored.shape) == 2
     }
-    return {**plain, **{name: shape for name, (shape, _) in packed_linears(tensors).items()}}
+    linears = packed_linears(tensors, quantization)
+    return {**plain, **{name: shape for name, (shape, _) in linears.items()}}
+
+
+def _read(folder: Path) -> tuple[dict[str, Stored], dict | None]:
+    """The headers of a checkpoint, checked against its quantization_config, and that."""
+    tensors = weight_files.read_headers(folder)
+    path = folder / "config.json"
+    quantization = quantconfig.of(files.read_json(path), path)
+    layout = quantconfig.layout_of(quantization)
+    if layout != "other":
+        quantized = layout in ("compressed-tensors", "gptq")
+        grid = quantconfig.grid_of(quantization) if quantized else None
+        packed.check({name: stored.shape for name, stored in tensors.items()}, layout, grid)
+    return tensors, quantization
 
 
 def _small_int64s(stored: Stored) -> tuple[int, ...]:
@@ -159,14 +117,16 @@ def footprint(folder: Path, tied: bool = False) -> Footprint:
     `tied`: the config ties the output head to the embedding, so a stored copy of it is not counted
     as parameters. Raises UserError for a damaged file and where there is no weight.
     """
-    tensors = read_headers(folder)
-    packed = packed_linears(tensors)
-    belongs = {f"{linear}.{s}" for linear in packed for k, v in PACKED.items() for s in (k, *v)}
-    masked = {linear for linear in packed if f"{linear}.weight_bitmask" in tensors}
-    quantized = sum(prod(shape) for linear, (shape, _) in packed.items() if linear not in masked)
-    plain = sum(prod(packed[linear][0]) for linear in masked)
+    tensors, quantization = _read(folder)
+    linears = packed_linears(tensors, quantization)
+    masked = quantconfig.layout_of(quantization) == "bitmask"
+    whole = sum(prod(shape) for shape, _ in linears.values())
+    quantized, plain = (0, whole) if masked else (whole, 0)
     for name, stored in tensors.items():
-        if name in belongs or not is_parameter(name, stored.shape) or stored.dtype not in BYTES:
+        linear, _, part = name.rpartition(".")
+        if linear in linears and part != "bias":
+            continue
+        if stored.dtype not in FLOATS or not is_parameter(name, stored.shape):
             continue
         if tied and name.endswith("lm_head.weight") and len(tensors) > 1:
             continue
@@ -175,7 +135,7 @@ def footprint(folder: Path, tied: bool = False) -> Footprint:
     if not parameters:
         raise UserError(f"{folder} holds no weights")
     stored_bytes = sum(t.nbytes for t in tensors.values())
-    packed_bytes = sum(nbytes for linear, (_, nbytes) in packed.items() if linear not in masked)
+    packed_bytes = 0 if masked else sum(nbytes for _, nbytes in linears.values())
     return Footprint(
         parameters=parameters,
         quantized_parameters=quantized,

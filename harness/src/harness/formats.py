@@ -17,23 +17,18 @@ GPTQ's version 1 stores zero - 1; an asymmetric zero of 0 does not fit there, so
 are written as version 2, which stores the zero itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 
-from harness import bitmask
+from harness import bitmask, packed, quantconfig
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight
 
 FORMATS = ("compressed-tensors", "gptq", "dense")
 PRUNED_FORMATS = ("dense", "bitmask")
 GPTQ_BITS = (2, 3, 4, 8)
-SUFFIXES = {
-    "compressed-tensors": ".weight_packed",
-    "gptq": ".qweight",
-    "bitmask": ".weight_bitmask",
-}
 
 
 def scale_dtype(layout: str, stored: torch.dtype) -> torch.dtype:
@@ -61,12 +56,10 @@ def check(layout: str, grid: Grid, shapes: dict[str, tuple[int, int]]) -> None:
 
 def split_names(names: Iterable[str], layout: str) -> tuple[set[str], set[str]]:
     """The linears packed in ``layout``, and the tensors that are no part of any of them."""
-    suffix = SUFFIXES.get(layout)
-    if suffix is None:
-        return set(), set(names)
-    packed = {n.removesuffix(suffix) for n in names if n.endswith(suffix)}
-    plain = {n for n in names if n.rpartition(".")[0] not in packed or n.endswith(".bias")}
-    return packed, plain
+    names = set(names)
+    linears = packed.linears_of(names, layout)
+    plain = {n for n in names if n.rpartition(".")[0] not in linears or n.endswith(".bias")}
+    return linears, plain
 
 
 def encode(name: str, weight: QuantizedWeight, layout: str) -> dict[str, torch.Tensor]:
@@ -85,18 +78,22 @@ def nbytes(layout: str, grid: Grid, rows: int, columns: int, item: int) -> int:
     return 4 * (words + (0 if grid.symmetric else zeros)) + item * rows * groups + 16
 
 
-def decode(read, name: str, layout: str, config: dict) -> QuantizedWeight:
-    """Inverse of :func:`encode`; ``read(tensor_name)`` returns a stored tensor.
+def decode(
+    tensors: Mapping[str, torch.Tensor], name: str, layout: str, config: dict
+) -> QuantizedWeight:
+    """Inverse of :func:`encode`; ``tensors`` are the stored ones by name, ``config`` is the
+    checkpoint's ``quantization_config``.
 
-    ``config`` is the checkpoint's ``quantization_config``.
+    Raises:
+        UserError: they contradict each other.
     """
     if layout == "gptq":
-        return _decode_gptq(read, name, config)
-    return _decode_compressed_tensors(read, name, config)
+        return _decode_gptq(tensors, name, config)
+    return _decode_compressed_tensors(tensors, name, config)
 
 
 def matrix(
-    read,
+    tensors: Mapping[str, torch.Tensor],
     name: str,
     layout: str,
     config: dict,
@@ -114,76 +111,14 @@ def matrix(
     ``conv1d``: the model holds [in, out] where packed layouts hold [out, in].
     """
     if layout == "bitmask":
-        return bitmask.decode(read, name).to(dtype)
-    weight = decode(read, name, layout, config)
+        return bitmask.decode(tensors.__getitem__, name).to(dtype)
+    weight = decode(tensors, name, layout, config)
     if layout == "compressed-tensors":
         if not config.get("dequantize"):
             weight.scale = weight.scale.to(dtype)
         stored = weight.scale.dtype
     dense = weight.dequantize(stored).to(dtype)
     return dense.T.contiguous() if conv1d else dense
-
-
-def quantization_config(grid: Grid | None, layout: str, actorder: bool, ignore: list[str]) -> dict:
-    """What goes into config.json so that transformers and vLLM recognise the checkpoint."""
-    if layout == "bitmask":
-        return dict(bitmask.CONFIG)
-    if layout == "gptq":
-        return {
-            "quant_method": "gptq",
-            "checkpoint_format": "gptq" if grid.symmetric else "gptq_v2",
-            "bits": grid.bits,
-            "group_size": grid.group_size,
-            "sym": grid.symmetric,
-            "desc_act": False,
-            "lm_head": False,
-        }
-    weights = {
-        "num_bits": grid.bits,
-        "type": "int",
-        "symmetric": grid.symmetric,
-        "strategy": "channel" if grid.group_size == -1 else "group",
-        "group_size": None if grid.group_size == -1 else grid.group_size,
-        "dynamic": False,
-        "actorder": "static" if actorder else None,
-    }
-    # The format is said here too: left to guess, the library takes subclasses of nn.Linear
-    # (Falcon's) for dense ones, and transformers fills them with random weights.
-    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ignore,
-        "config_groups": {"group_0": group},
-        # For transformers: unpack while loading, not at the first forward. That way alone it reads
-        # zero points (5.24 with compressed-tensors 0.20), and rounds as :func:`matrix` says.
-        "dequantize": True,
-    }
-
-
-def grid_of(config: dict) -> Grid:
-    """The grid that a ``quantization_config`` describes."""
-    if config["quant_method"] == "gptq":
-        return Grid(config["bits"], config["group_size"], config["sym"])
-    groups = config["config_groups"]
-    weights = next(iter(groups.values()))["weights"] if len(groups) == 1 else None
-    if weights is None or weights["type"] != "int":
-        raise UserError("expected one config group of integer weights in quantization_config.")
-    size = -1 if weights["strategy"] == "channel" else weights["group_size"]
-    return Grid(weights["num_bits"], size, weights["symmetric"])
-
-
-def layout_of(config: dict | None) -> str:
-    """One of the formats above, or "other" for what a third library must load."""
-    if not config:
-        return "dense"
-    method = config.get("quant_method")
-    if method == "compressed-tensors" and config.get("format") == "pack-quantized":
-        return "compressed-tensors"
-    if method == "gptq" and not config.get("desc_act"):
-        return "gptq"
-    return "bitmask" if method == "bitmask" else "other"
 
 
 def _encode_compressed_tensors(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -198,17 +133,59 @@ def _encode_compressed_tensors(weight: QuantizedWeight) -> dict[str, torch.Tenso
     return tensors
 
 
-def _decode_compressed_tensors(read, name: str, config: dict) -> QuantizedWeight:
-    grid = grid_of(config)
-    rows, columns = read(f"{name}.weight_shape").tolist()
-    scale = read(f"{name}.weight_scale")
-    codes = _unpack(read(f"{name}.weight_packed"), grid.bits, columns, f"{name}.weight_packed")
+def _decode_compressed_tensors(tensors, name: str, config: dict) -> QuantizedWeight:
+    grid = quantconfig.grid_of(config)
+    words, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    groups = _groups(f"{name}.weight_scale", scale, rows, columns, grid)
+    if rows != words.shape[0]:
+        raise UserError(
+            f"{name}.weight_shape says {rows} x {columns}, {name}.weight_packed has "
+            f"{words.shape[0]} rows. The checkpoint is damaged, get another copy."
+        )
+    codes = _unpack(words, grid.bits, columns, f"{name}.weight_packed")
+    middle = 2 ** (grid.bits - 1)
     if grid.symmetric:
-        zero = torch.full(scale.shape, 2 ** (grid.bits - 1), dtype=torch.uint8)
+        zero = torch.full(scale.shape, middle, dtype=torch.uint8)
     else:
-        packed = f"{name}.weight_zero_point"
-        zero = _unpack(read(packed).T, grid.bits, rows, packed).T
-    return QuantizedWeight(codes, scale, zero, grid)
+        stored = f"{name}.weight_zero_point"
+        if tensors[stored].dtype == torch.int8:  # before its version 0.9 the library packed none
+            zero = (tensors[stored].int() + middle).to(torch.uint8)
+        else:
+            zero = _unpack(tensors[stored].T, grid.bits, rows, stored).T
+        if tuple(zero.shape) != (rows, groups) or zero.max() > grid.max_code:
+            raise UserError(
+                f"{stored} holds {list(zero.shape)} values up to {zero.max()}; expected "
+                f"{[rows, groups]} of {grid.bits} bits. The checkpoint is damaged."
+            )
+    order = _order(tensors, f"{name}.weight_g_idx", columns, grid)
+    return QuantizedWeight(codes, scale, zero, grid, order)
+
+
+def _groups(name: str, scale: torch.Tensor, rows: int, columns: int, grid: Grid) -> int:
+    """Groups per row, where scale [O, G] fits an O x I matrix on ``grid``."""
+    size = max(grid.columns_per_group(columns), 1)
+    if columns < 1 or columns % size or tuple(scale.shape) != (rows, columns // size):
+        raise UserError(
+            f"{name} has shape {list(scale.shape)}, which is not that of a {rows} x {columns} "
+            f"matrix in groups of {grid.group_size}. Config and files do not belong together."
+        )
+    return columns // size
+
+
+def _order(tensors, name: str, columns: int, grid: Grid) -> torch.Tensor | None:
+    """The group of each column [I] where the file says one that is out of order."""
+    if name not in tensors:
+        return None
+    found, size = tensors[name].long(), grid.columns_per_group(columns)
+    if (found == -1).all() or torch.equal(found, torch.arange(columns) // size):
+        return None
+    if found.shape != (columns,) or found.min() < 0 or found.max() >= columns // size:
+        raise UserError(
+            f"{name} names groups {found.min()} to {found.max()} for {len(found)} columns; there "
+            f"are {columns // size} for {columns}. The checkpoint is damaged, get another copy."
+        )
+    return found
 
 
 def _unpack(words: torch.Tensor, bits: int, columns: int, name: str) -> torch.Tensor:
@@ -228,6 +205,11 @@ def _unpack(words: torch.Tensor, bits: int, columns: int, name: str) -> torch.Te
     behind = columns * bits - 32 * (new - 1)
     if words.shape[1] == new and (old != new or behind == 32 or not (array[:, -1] >> behind).any()):
         return unpack_bits(words, bits)[:, :columns].contiguous()
+    if bits * per_word < 32 and (array >> np.uint32(bits * per_word)).any():
+        raise UserError(
+            f"{name} holds values wider than the {bits} bits that quantization_config says. Config "
+            "and files do not belong together."
+        )
     steps = np.arange(0, bits * per_word, bits, dtype=np.uint32)
     codes = (array[..., None] >> steps & np.uint32(2**bits - 1)).astype(np.uint8)
     return torch.from_numpy(codes.reshape(len(array), -1)[:, :columns].copy())
@@ -245,17 +227,28 @@ def _encode_gptq(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     }
 
 
-def _decode_gptq(read, name: str, config: dict) -> QuantizedWeight:
-    grid = grid_of(config)
-    codes = unpack_bits(read(f"{name}.qweight").T, grid.bits)
-    zero = unpack_bits(read(f"{name}.qzeros"), grid.bits).T
+def _decode_gptq(tensors, name: str, config: dict) -> QuantizedWeight:
+    grid = quantconfig.grid_of(config)
+    codes = unpack_bits(tensors[f"{name}.qweight"].T, grid.bits)
+    scale = tensors[f"{name}.scales"].T
+    rows, columns = codes.shape
+    groups = _groups(f"{name}.scales", scale, rows, columns, grid)
+    zero = unpack_bits(tensors[f"{name}.qzeros"], grid.bits).T[:rows]
+    if tuple(zero.shape) != (rows, groups):
+        raise UserError(
+            f"{name}.qzeros holds zero points for {list(zero.shape)}; expected {[rows, groups]}. "
+            "Config and files do not belong together."
+        )
     if config.get("checkpoint_format", "gptq") == "gptq":
         zero = (zero + 1) & grid.max_code
-    columns = codes.shape[1]
-    expected = torch.arange(columns, dtype=torch.int32) // grid.columns_per_group(columns)
-    if not torch.equal(read(f"{name}.g_idx"), expected):
-        raise UserError(f"{name}.g_idx is not in order: dynamic act-order files are not supported.")
-    return QuantizedWeight(codes, read(f"{name}.scales").T, zero, grid)
+    if grid.symmetric and (zero != 2 ** (grid.bits - 1)).any():
+        raise UserError(
+            f"{name}.qzeros has other zero points than a symmetric grid of {grid.bits} bits: sym "
+            "or checkpoint_format in quantization_config is wrong. Restore the config that belongs "
+            "to these files."
+        )
+    order = _order(tensors, f"{name}.g_idx", columns, grid)
+    return QuantizedWeight(codes, scale, zero, grid, order)
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:

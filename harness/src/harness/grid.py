@@ -51,13 +51,15 @@ class QuantizedWeight:
     """Codes and grid of one matrix.
 
     Shapes:
-        codes [O, I] uint8; scale [O, G] in the stored dtype; zero [O, G] uint8.
+        codes [O, I] uint8; scale [O, G] in the stored dtype; zero [O, G] uint8; order [I] int64,
+        the group of each column, None where they lie in order (as in all that is made here).
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
     grid: Grid
+    order: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Values [O, I] in ``dtype``: one float32 product, one rounding.
@@ -65,6 +67,9 @@ class QuantizedWeight:
         The difference of two codes has at most 8 significant bits, so for 16-bit scales the
         product is exact in float32 and equals what any reader computes in the scale's own dtype.
         """
+        if self.order is not None:
+            zero, scale = (t.float()[:, self.order] for t in (self.zero, self.scale))
+            return ((self.codes.float() - zero) * scale).to(dtype)
         g = self.grid.columns_per_group(self.codes.shape[1])
         steps = self.codes.float().unflatten(1, (-1, g)) - self.zero.float().unsqueeze(2)
         return (steps * self.scale.float().unsqueeze(2)).flatten(1).to(dtype)

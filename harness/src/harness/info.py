@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from harness import card, checkpoint, formats, sparsity
+from harness import card, checkpoint, formats, quantconfig, sparsity
 from harness.footprint import Footprint, linear_shapes, stored_size
 from harness.macs import macs_per_token, skeleton
 from harness.perplexity import context_length, window_length
@@ -32,7 +32,7 @@ def info(model: str) -> str:
         ("parameters", f"{size.parameters / 1e6:,.2f} M"),
         ("bits", _bits(size)),
         ("weight files", f"{size.disk_bytes / 1e6:,.2f} MB"),
-        *_zeros(folder, formats.layout_of(quantization), size.disk_bytes),
+        *_zeros(folder, quantconfig.layout_of(quantization), size.disk_bytes),
         *_smaller(steps),
         ("arithmetic", f"{macs['total'] / 1e6:,.2f} MMAC per token, over {length} keys"),
         ("read by", _readers(quantization, config)),
@@ -43,14 +43,14 @@ def info(model: str) -> str:
 
 
 def _stored_as(quantization: dict | None) -> str:
-    layout = formats.layout_of(quantization)
+    layout = quantconfig.layout_of(quantization)
     if layout == "other":
         return f"{quantization.get('quant_method', 'unknown')} (another library's)"
     if layout == "dense":
         return "dense"
     if layout == "bitmask":
         return "bitmask: a bit per weight and the weights that are not zero"
-    grid = formats.grid_of(quantization)
+    grid = quantconfig.grid_of(quantization)
     group = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
     kind = "symmetric" if grid.symmetric else "asymmetric"
     return f"{layout}, {grid.bits} bits, {group}, {kind}"
@@ -64,11 +64,11 @@ def _bits(size: Footprint) -> str:
 
 
 def _readers(quantization: dict | None, config) -> str:
-    layout = formats.layout_of(quantization)
+    layout = quantconfig.layout_of(quantization)
     if layout == "other":
         return "transformers, with the library that made it"
     pruned = layout in formats.PRUNED_FORMATS
-    grid = None if pruned else formats.grid_of(quantization)
+    grid = None if pruned else quantconfig.grid_of(quantization)
     return card.readers(layout, grid, config)
 
 

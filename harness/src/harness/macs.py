@@ -8,15 +8,23 @@ from collections.abc import Mapping
 from math import prod
 
 from harness import sizes
+from harness.errors import UserError, one_line
 
 
 def skeleton(config):
-    """The transformers causal LM of `config` on the meta device: every shape, no memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """The transformers model of `config` on the meta device: every shape, no memory.
 
-    with torch.device("meta"):
-        return sizes.apply(AutoModelForCausalLM.from_config(config))
+    Raises UserError where the config's values make no model.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return sizes.build(config)
+    except Exception as error:  # the family's own code over the file's values
+        raise UserError(
+            f"config.json describes no model that transformers can build: {one_line(error)}"
+        ) from error
 
 
 def macs_per_token(

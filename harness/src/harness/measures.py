@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from harness import checkpoint, data, files, formats, precision, sparsity, vllm_loading
+from harness import checkpoint, data, files, formats, precision, quantconfig, sparsity, vllm_loading
 from harness.errors import UserError
 from harness.footprint import linear_shapes, loaded_bits_per_weight, memory_bytes, stored_size
 from harness.perplexity import context_length, window_length
@@ -37,7 +37,7 @@ class Subject:
         self.seqlen = window_length(self.config, args.seqlen)
         quantization = files.read_json(self.folder / "config.json").get("quantization_config")
         # How the weights are stored, one of harness.formats' or "other", which only vLLM measures.
-        self.layout = formats.layout_of(quantization)
+        self.layout = quantconfig.layout_of(quantization)
         if self.layout == "other":
             self.stored_dtype = self.config.dtype or precision.parse("float32")
         else:

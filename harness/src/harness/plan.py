@@ -99,7 +99,7 @@ def print_plan(
     total_disk = total_time = peak = 0.0
     for first, last, shapes, others in _same_blocks(decoder):
         weights = sum(o * i for o, i in shapes.values())
-        hidden = tokens * decoder.config.hidden_size * item
+        hidden = tokens * decoder.config.get_text_config().hidden_size * item
         largest = max(o * i for o, i in shapes.values())
         work, exact_work, more = (
             cost(shapes, tokens, hidden, item) if tokens else (0, 0, OF_WEIGHTS * largest)

@@ -16,10 +16,10 @@ from harness import (
     card,
     checkpoint,
     distributed,
-    formats,
     memory,
     precision,
     preflight,
+    quantconfig,
     writer,
 )
 from harness.block_pass import BlockPass, Method, Update, Where
@@ -71,7 +71,7 @@ def compress(
     conv1d = any(isinstance(m, Conv1D) for m in linears(decoder.blocks[0]).values())
     quantization = None
     if method.layout != "dense":
-        quantization = formats.quantization_config(method.grid, method.layout, method.actorder, [])
+        quantization = quantconfig.describe(method.grid, method.layout, method.actorder, [])
     identity = {
         "base": base,
         "method": method.name,

@@ -57,19 +57,32 @@ def apply(model):
 
 
 def model_class(config):
-    """The transformers class of ``config``'s causal LM, which resizes its blocks where it has to:
-    from_pretrained does the rest, quantization on load included."""
-    from transformers import AutoModelForCausalLM
+    """The transformers class of ``config``'s model, which resizes its blocks where it has to:
+    from_pretrained does the rest, quantization on load included.
 
-    base = AutoModelForCausalLM._model_mapping[type(config)]
+    Of an image-text model it is the class that its config names, and the whole model; a causal LM
+    else. None where transformers has neither for it.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = []
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        found = auto._model_mapping.get(type(config), None) or ()
+        known += found if isinstance(found, tuple | list) else [found]
+    if not known:
+        return None
+    # Some configs of image-text models are in the causal mapping too, for their text part alone.
+    known = [found for found in known if found.config_class is type(config)] or known
+    named = [found for found in known if found.__name__ in (config.architectures or ())]
+    base = (named or known)[0]
     if not getattr(config, KEY, None):
         return base
 
-    def build(self, *args, **kwargs):
+    def init(self, *args, **kwargs):
         base.__init__(self, *args, **kwargs)
         apply(self)
 
-    return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
+    return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
 
 
 def resize_block(block, own: dict, config) -> None:
@@ -86,6 +99,12 @@ def resize_block(block, own: dict, config) -> None:
             hook = _hand_kept_heads(model_heads(config))
             attention.register_forward_pre_hook(hook, with_kwargs=True)
         attention.kept_heads = own["kept_heads"]
+
+
+def build(config, dtype=None):
+    """The model of ``config`` in ``dtype`` (None: the config's) with random weights, on the device
+    that is set as default. No code of the checkpoint's own is run."""
+    return model_class(config)._from_config(config, **({"dtype": dtype} if dtype else {}))
 
 
 def _resize_linear(module, rows: int, columns: int) -> None:
@@ -210,12 +229,10 @@ def with_fields(raw: dict, changes: dict) -> dict:
 def _describes(raw: dict, shapes: dict[str, tuple[int, ...]]) -> bool:
     """Whether transformers builds a model with tensors of these shapes from ``raw``."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
-        config = config_of(raw)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = build(config_of(raw))
     except Exception:  # the family's own checks of sizes it does not allow
         return False
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

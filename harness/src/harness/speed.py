@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.footprint import memory_bytes, read_headers
+from harness.footprint import memory_bytes
 from harness.progress import track
 from harness.vllm_loading import start_vllm
+from harness.weight_files import read_headers
 
 PROMPT, NEW, REPEATS = 512, 128, 5
 COPY_BYTES = 2**28  # far beyond any cache

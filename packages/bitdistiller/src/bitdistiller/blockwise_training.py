@@ -167,7 +167,8 @@ class BlockTraining:
         parts = windows[: len(windows) - plan.held_out].split(plan.batch_size)
         self.train = len(parts)
         parts += windows[len(windows) - plan.held_out :].split(plan.batch_size)
-        size = windows.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
+        width = decoder.config.get_text_config().hidden_size
+        size = windows.numel() * width * decoder.dtype.itemsize
         fits = 8 * size < memory.free(decoder.device)
         self.store = decoder.device if fits else torch.device("cpu")
         self.dense = [decoder.embed(part).to(self.store) for part in parts]
