@@ -11,7 +11,7 @@ from harness.macs import macs_per_token, skeleton
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from harness import card, checkpoint, grid, sequential, sizes
+from harness import checkpoint, grid, readers, sequential, sizes
 
 KEPT = [0, 3]
 PREFIX = "transformer.h"
@@ -80,7 +80,7 @@ def test_plain_transformers_refuses(uneven):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(uneven[0])
     config = checkpoint.load_config(uneven[0])
-    assert "differ in size" in card.readers("dense", None, config)
+    assert "differ in size" in readers.describe("dense", None, config, None)
 
 
 def test_it_is_counted_as_it_is(uneven):

@@ -8,38 +8,9 @@ from pathlib import Path
 import yaml
 
 from harness import __version__
-from harness.sizes import KEY as SIZES_KEY
 
 # Steps that change how a model is stored, and nothing of the model.
 REPACKED = ("convert", "export")
-CONV1D = ("gpt2", "openai-gpt")
-
-
-def readers(layout: str, grid, config) -> str:
-    """What loads a checkpoint of a model with this ``config`` stored in ``layout`` on ``grid``.
-
-    transformers and the harness are checked by the tests. vLLM 0.32 runs 4 bits on CPUs that have
-    AVX-512, which the vLLM session checks, and refuses 8 there; its list of kernels for GPUs has
-    both.
-    """
-    if getattr(config, SIZES_KEY, None):
-        return "the harness only (its blocks differ in size)"
-    if layout == "dense":
-        return "transformers, vLLM, and everything else that reads Hugging Face checkpoints"
-    if layout == "bitmask":
-        return "the harness only (harness convert --format dense makes it readable by all)"
-    if config.model_type in CONV1D:
-        return "the harness only (transformers has no packed form of GPT-2's Conv1D)"
-    served = ""
-    if grid.bits == 4 and (grid.symmetric or layout == "compressed-tensors"):
-        served = "vLLM (on a GPU, or a CPU with AVX-512), "
-    elif grid.bits == 8 and grid.symmetric:
-        served = "vLLM on a GPU, "
-    if layout == "gptq":
-        return served + "GPTQModel where its kernels know the width, the harness"
-    # Other widths were packed otherwise before, and older libraries load garbage from these files.
-    oldest = "0.17" if 32 % grid.bits == 0 else "0.19"
-    return f"{served}transformers with compressed-tensors {oldest} or newer, the harness"
 
 
 def command_line() -> str:

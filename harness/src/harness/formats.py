@@ -18,6 +18,7 @@ are written as version 2, which stores the zero itself.
 """
 
 from collections.abc import Iterable, Mapping
+from math import prod
 
 import numpy as np
 import torch
@@ -68,14 +69,35 @@ def encode(name: str, weight: QuantizedWeight, layout: str) -> dict[str, torch.T
     return {f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()}
 
 
-def nbytes(layout: str, grid: Grid, rows: int, columns: int, item: int) -> int:
-    """Bytes of what :func:`encode` makes of an O x I matrix, its scales ``item`` bytes each."""
+def parts(
+    layout: str, grid: Grid, rows: int, columns: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor that :func:`encode` makes of an O x I matrix of a checkpoint
+    in ``dtype``."""
     groups = columns // grid.columns_per_group(columns)
-    words = rows * -(-columns * grid.bits // 32)
-    zeros = groups * -(-rows * grid.bits // 32)
+    words, zeros = -(-columns * grid.bits // 32), -(-rows * grid.bits // 32)
+    scale = scale_dtype(layout, dtype)
     if layout == "gptq":
-        return 4 * (words + zeros + columns) + 2 * rows * groups
-    return 4 * (words + (0 if grid.symmetric else zeros)) + item * rows * groups + 16
+        return {
+            "qweight": ((words, rows), torch.int32),
+            "qzeros": ((groups, zeros), torch.int32),
+            "scales": ((groups, rows), scale),
+            "g_idx": ((columns,), torch.int32),
+        }
+    made = {
+        "weight_packed": ((rows, words), torch.int32),
+        "weight_scale": ((rows, groups), scale),
+        "weight_shape": ((2,), torch.int64),
+    }
+    if not grid.symmetric:
+        made["weight_zero_point"] = ((zeros, groups), torch.int32)
+    return made
+
+
+def nbytes(layout: str, grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of what :func:`encode` makes of an O x I matrix of a checkpoint in ``dtype``."""
+    made = parts(layout, grid, rows, columns, dtype)
+    return sum(prod(shape) * kind.itemsize for shape, kind in made.values())
 
 
 def decode(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from harness import card, checkpoint, formats, quantconfig, sparsity
+from harness import checkpoint, files, formats, quantconfig, readers, sparsity
 from harness.footprint import Footprint, linear_shapes, stored_size
 from harness.macs import macs_per_token, skeleton
 from harness.perplexity import context_length, window_length
@@ -19,9 +19,8 @@ def info(model: str) -> str:
     size = stored_size(folder, config)
     length = window_length(config)
     macs = macs_per_token(skeleton(config), length, linear_shapes(folder))
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
+    path = folder / "config.json"
+    quantization = quantconfig.of(files.read_json(path), path)
     steps = _steps(folder)
     shape = f"{text.num_hidden_layers} blocks of width {text.hidden_size}"
     lines = [
@@ -35,7 +34,7 @@ def info(model: str) -> str:
         *_zeros(folder, quantconfig.layout_of(quantization), size.disk_bytes),
         *_smaller(steps),
         ("arithmetic", f"{macs['total'] / 1e6:,.2f} MMAC per token, over {length} keys"),
-        ("read by", _readers(quantization, config)),
+        ("read by", readers.of_folder(folder, config)),
         *_recipe(steps),
     ]
     width = max(len(name) for name, _ in lines)
@@ -45,7 +44,7 @@ def info(model: str) -> str:
 def _stored_as(quantization: dict | None) -> str:
     layout = quantconfig.layout_of(quantization)
     if layout == "other":
-        return f"{quantization.get('quant_method', 'unknown')} (another library's)"
+        return f"{quantconfig.foreign(quantization)} (another library's, not read here)"
     if layout == "dense":
         return "dense"
     if layout == "bitmask":
@@ -61,15 +60,6 @@ def _bits(size: Footprint) -> str:
     if size.bits_per_weight is None:
         return whole
     return f"{size.bits_per_weight:.3f} per weight of the quantized linears, {whole} in all"
-
-
-def _readers(quantization: dict | None, config) -> str:
-    layout = quantconfig.layout_of(quantization)
-    if layout == "other":
-        return "transformers, with the library that made it"
-    pruned = layout in formats.PRUNED_FORMATS
-    grid = None if pruned else quantconfig.grid_of(quantization)
-    return card.readers(layout, grid, config)
 
 
 def _zeros(folder: Path, layout: str, disk: int) -> list[tuple[str, str]]:

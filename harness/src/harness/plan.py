@@ -106,7 +106,7 @@ def print_plan(
         )
         # The result waits for the disk while the block's own weights are there.
         memory = begun + (weights + others) * (item + stored) + more
-        disk = sum(_linear_bytes(method, *shape, stored) for shape in shapes.values())
+        disk = sum(_linear_bytes(method, *shape, decoder.stored_dtype) for shape in shapes.values())
         disk += others * stored
         # At the end they are there twice, block by block and together.
         disk += 2 * sum(side(*shape) for shape in shapes.values())
@@ -127,11 +127,11 @@ def print_plan(
     )
 
 
-def _linear_bytes(method: Method, rows: int, columns: int, item: int) -> float:
+def _linear_bytes(method: Method, rows: int, columns: int, dtype: torch.dtype) -> float:
     """Of one linear's tensors in the result."""
     if method.grid is not None and method.layout not in formats.PRUNED_FORMATS:
-        return formats.nbytes(method.layout, method.grid, rows, columns, item)
-    dense = rows * columns * item
+        return formats.nbytes(method.layout, method.grid, rows, columns, dtype)
+    dense = rows * columns * dtype.itemsize
     if method.layout != "bitmask":
         return dense
     kept = 1 - (nominal_ratio(method.settings) or 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from harness import card, writer
+from harness import card, readers, writer
 
 LOG = "compression_log.json"
 
@@ -62,7 +62,7 @@ def save_model(
     config = config or writer.config_for(source, model.dtype, None, False)
     weights = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
     sizes = (sizes or {}) | {"MB on disk": weights / 1e6}
-    read_by = read_by or card.readers("dense", None, model.config)
+    read_by = read_by or readers.of_result(model, set(), "dense", None, None)
     texts = {
         "config.json": json.dumps(config, indent=2) + "\n",
         "recipe.yaml": card.recipe(source, step),

@@ -7,6 +7,7 @@ What happens inside a block, and what a method is, stands in block_pass.py.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from harness import (
     precision,
     preflight,
     quantconfig,
+    readers,
     writer,
 )
 from harness.block_pass import BlockPass, Method, Update, Where
@@ -81,6 +83,14 @@ def compress(
         **method.settings,
         **(calibration or {}),
     }
+    everything = {
+        f"{decoder.prefix}.{index}.{name}"
+        for index, block in enumerate(decoder.blocks)
+        for name in linears(block)
+    }
+    read_by = readers.of_result(decoder.model, everything, method.layout, method.grid, quantization)
+    if "transformers:" in read_by:
+        distributed.say(f"the result will be read by {read_by}")
     shards = _open_shards(decoder, out, windows, identity, overwrite, resume)
 
     rows = []
@@ -111,7 +121,8 @@ def compress(
         "calibration": calibration,
         "dtype": precision.record(decoder.dtype, decoder.stored_dtype),
     }
-    distributed.lead(lambda: _finish(decoder, method, shards, step, rows, conv1d, quantization))
+    finish = (decoder, method, shards, step, rows, conv1d, quantization, read_by)
+    distributed.lead(lambda: _finish(*finish))
     return rows
 
 
@@ -133,13 +144,21 @@ def _open_shards(decoder, out, windows, identity, overwrite, resume) -> writer.W
     return shards or writer.Writer(out, len(decoder), {}, lead=False)
 
 
-def _finish(decoder, method, shards, step, rows, conv1d, quantization) -> None:
+def _with_matrices(model) -> Iterator[str]:
+    """The modules that hold matrices of their own and look nothing up: linears, routers, experts.
+    Readers take those that are not packed by name."""
+    for name, module in model.named_modules():
+        own = module.parameters(recurse=False)
+        if not isinstance(module, torch.nn.Embedding) and any(p.ndim > 1 for p in own):
+            yield name
+
+
+def _finish(decoder, method, shards, step, rows, conv1d, quantization, read_by) -> None:
     """What lies outside the blocks, config, recipe, card and log; then the final name."""
     source = decoder.weights.folder
     if quantization and method.layout == "compressed-tensors":
         done = {row["name"] for row in rows}
-        names = (n for n, m in decoder.model.named_modules() if isinstance(m, torch.nn.Linear))
-        quantization["ignore"] = sorted(set(names) - done)
+        quantization["ignore"] = sorted(set(_with_matrices(decoder.model)) - done)
         if conv1d:
             # By name, not as "Linear": transformers, which has no packed Conv1D, then refuses
             # the checkpoint, where it would fill it with random weights and a warning.
@@ -156,10 +175,9 @@ def _finish(decoder, method, shards, step, rows, conv1d, quantization) -> None:
     }
     if any("zeros" in row for row in rows):
         sizes["% of these linears that are zero"] = 100 * sum(r["zeros"] for r in rows) / weights
-    engines = card.readers(method.layout, method.grid, decoder.config)
     texts = {
         "recipe.yaml": card.recipe(source, step),
-        "README.md": card.model_card(step["base"], step, method.layout, sizes, engines),
+        "README.md": card.model_card(step["base"], step, method.layout, sizes, read_by),
         LOG: json.dumps({**step, "layers": rows}, indent=1) + "\n",
     }
     side = (method.side_file, method.side_note) if method.side_file else None

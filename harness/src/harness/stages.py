@@ -11,6 +11,7 @@ restarting the block for every stage would run it up to four times. Each forward
 (one thread, no locks); what a paused forward keeps alive is what the rest of the block still reads.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,10 +21,36 @@ from transformers.pytorch_utils import Conv1D
 
 from harness.errors import UserError
 
+# Inputs [2, 2], weight [3, 2] and bias [3] of a product that no routing leaves as it is.
+SMALL = ([[1.0, 2.0], [3.0, -4.0]], [[0.5, -1.0], [2.0, 0.25], [-3.0, 1.0]], [0.1, -0.2, 0.3])
+
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """Name within the block -> every nn.Linear or Conv1D of it."""
-    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    """Name within the block -> every module of it that maps x to x Wᵀ + b, and does no more."""
+    return {n: m for n, m in block.named_modules() if is_linear(m)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is nn.Linear or Conv1D, or of a subclass that computes the same (Falcon's,
+    which routers, with their choice of experts, do not)."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    return isinstance(module, nn.Linear) and _computes_a_product(type(module))
+
+
+@functools.cache
+def _computes_a_product(kind: type[nn.Linear]) -> bool:
+    """Tried out on an instance that has nothing but a small weight and a bias."""
+    x, weight, bias = (torch.tensor(values, device="cpu") for values in SMALL)
+    bare = kind.__new__(kind)
+    nn.Module.__init__(bare)
+    # Past nn.Module's own registers: models are built where those send parameters to no device.
+    bare.__dict__ |= {"weight": weight, "bias": bias, "in_features": 2, "out_features": 3}
+    try:
+        found = bare.forward(x)
+        return isinstance(found, torch.Tensor) and torch.allclose(found, x @ weight.T + bias)
+    except Exception:  # it asks for more than those
+        return False
 
 
 def turn(module: nn.Module, matrix: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from harness.sequential import LOG, Method, Update
 from harness.tensors import Weights
 
 from bitdistiller import result
-from harness import card, files, precision, preflight, sequential, writer
+from harness import files, precision, preflight, readers, sequential, writer
 
 
 def export(
@@ -61,7 +61,7 @@ def export(
     )  # fmt: skip
     bits = 8 * sum(row["bytes"] for row in rows) / sum(row["weights"] for row in rows)
     print(f"written to {out}: {bits:.2f} bits per weight of the quantized linears")
-    print(f"read by: {card.readers(layout, grids.grid, decoder.config)}")
+    print(f"read by: {readers.of_folder(out, decoder.config)}")
     return rows
 
 

@@ -9,7 +9,7 @@ from harness.macs import macs_per_token, skeleton
 from harness.progress import track
 from harness.sequential import LOG
 
-from harness import card, distributed, memory, plan, sizes, writer
+from harness import card, distributed, memory, plan, readers, sizes, writer
 from sparse import groups, hidden
 from sparse.cut import HIDDEN, Cut
 
@@ -34,7 +34,8 @@ def write(decoder: Decoder, cut: Cut, out: Path, step: dict, identity: dict, res
     outer = decoder.outer_tensors()
     if None in cut.holds:
         outer = hidden.cut(outer, cut.holds[None], cut.alive[HIDDEN])
-    read_by = card.readers("dense", None, sizes.config_of(result["config"]))
+    files = [shards.shard(1 + i) for i in range(cut.layers)]
+    read_by = readers.of_shards(sizes.config_of(result["config"]), files, outer)
     written = sum(writer.tensor_bytes(shards.shard(1 + i)) for i in range(cut.layers))
     numbers = {
         "million parameters": result["parameters"][1] / 1e6,
