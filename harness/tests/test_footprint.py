@@ -138,7 +138,7 @@ def test_damage_is_named(tmp_path, damage):
             "garbage": raw[:8] + b"?" * (len(raw) - 8),
         }[damage]
     )
-    with pytest.raises(UserError, match="damaged or truncated"):
+    with pytest.raises(UserError, match="corrupt or truncated"):
         fp.footprint(tmp_path)
 
 

@@ -6,6 +6,7 @@ that the vLLM session serves.
 """
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -113,21 +114,39 @@ def of_result(
 def fault_in_transformers(config, tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Why transformers does not make the model of ``config`` from ``tensors``, which may be on the
     meta device; None where it does."""
-    from transformers.utils import logging
-
-    said = logging.get_verbosity()
-    logging.set_verbosity_error()
+    quantization = getattr(config, "quantization_config", None)
+    # With one scale per row compressed-tensors guesses the columns on the meta device.
+    guessed = bool(quantization) and quantconfig.grid_of(quantization).group_size == -1
     try:
-        _, report = sizes.model_class(config).from_pretrained(
-            None, config=config, state_dict=dict(tensors), device_map="meta",
-            output_loading_info=True,
-        )  # fmt: skip
+        with _quiet():
+            _, report = sizes.model_class(config).from_pretrained(
+                None, config=config, state_dict=dict(tensors), device_map="meta",
+                output_loading_info=True, ignore_mismatched_sizes=guessed,
+            )  # fmt: skip
     except Exception as error:  # whatever its own code makes of these names and shapes
         return one_line(error)[:120]
-    finally:
-        logging.set_verbosity(said)
     missing = sorted(report["missing_keys"])
     return f"it misses {len(missing)} tensors, {missing[0]} among them" if missing else None
+
+
+@contextmanager
+def _quiet():
+    """Without what transformers and compressed-tensors say while they load."""
+    import compressed_tensors  # noqa: F401  (which sets up its logger)
+    import loguru
+    from transformers.utils import logging
+
+    said, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    loguru.logger.disable("compressed_tensors")
+    try:
+        yield
+    finally:
+        loguru.logger.enable("compressed_tensors")
+        logging.set_verbosity(said)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _empty(shape, dtype) -> torch.Tensor:

@@ -198,7 +198,7 @@ def header(path: Path) -> dict[str, Stored]:
             raise ValueError(f"{size} bytes where the header promises {end}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged or truncated ({one_line(error)}); write or download it again."
+            f"{path} is corrupt or truncated ({one_line(error)}); write or download it again."
         ) from None
     return tensors
 

@@ -203,7 +203,7 @@ FILES = {
     "missing tensor": (damage(lambda t: t.pop(DOWN)), f"lacks 1 tensors .*{DOWN}"),
     "shape": (
         configured(intermediate_size=100),
-        r"gate_proj.weight has shape \[96, 64\] in .* config.json asks for \[100, 64\]",
+        r"_proj.weight has shape \[64, 96\] in .* config.json asks for \[64, 100\]",
     ),
     "more layers": (configured(num_hidden_layers=3), "lacks 9 tensors that config.json asks for"),
     "vocabulary": (configured(vocab_size=100), r"config.json asks for \[100, 64\]"),
