@@ -6,12 +6,26 @@ Tensor by tensor: tensors.py. Writing is in writer.py; the layouts of packed mat
 import re
 from pathlib import Path
 
-from harness import names, precision, sizes
+from harness import files, names, precision, sizes, weight_files
 from harness.errors import UserError, nearest, one_line
 from harness.tensors import Weights, open_file
 
 EMBEDDED = ("tiny-llama", "tiny-llama-student")
 ASSETS = Path(__file__).parent / "assets"
+NO_GGUF = "which is not read yet; give the Hugging Face checkpoint that it was made from."
+# The largest plausible value of fields by which models are built.
+MOST = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1_000_000,
+    "num_key_value_heads": 1_000_000,
+    "head_dim": 1_000_000,
+    "hidden_size": 10_000_000,
+    "intermediate_size": 100_000_000,
+    "vocab_size": 100_000_000,
+    "num_local_experts": 1_000_000,
+    "num_experts": 1_000_000,
+    "n_routed_experts": 1_000_000,
+}
 LOADS = ("nf4", "nf4-dq", "int8")
 
 
@@ -24,14 +38,38 @@ def resolve(model: str | Path) -> Path:
     if str(model) in EMBEDDED:
         return ASSETS / str(model)
     path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} holds no config.json; expected a Hugging Face checkpoint.")
+    try:
+        found = "folder" if path.is_dir() else "file" if path.exists() else None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
+        raise UserError(f"{str(model)[:80]} cannot be a folder: {one_line(error)}") from error
+    if found == "folder":
+        _check_folder(path)
         return path
+    if found == "file":
+        raise UserError(f"{model} {_what_file(path)}")
     hint = nearest(str(model), EMBEDDED)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)) or path.is_file():
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
         raise UserError(f"model folder {model} not found; expected a folder or a hub id.{hint}")
     return _download(str(model), hint)
+
+
+def _check_folder(folder: Path) -> None:
+    for path in folder.iterdir():  # libraries open what they please, and wait for a pipe for ever
+        if not path.is_dir() and not path.name.startswith("."):
+            files.regular(folder, path.name)
+    if (folder / "config.json").exists():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} is a LoRA adapter{weight_files.base_of_adapter(folder)}")
+    if list(folder.glob("*.gguf")):
+        raise UserError(f"{folder} holds a .gguf file, {NO_GGUF}")
+    raise UserError(f"{folder} holds no config.json; expected a Hugging Face checkpoint.")
+
+
+def _what_file(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return f"is a .gguf file, {NO_GGUF}"
+    return "is a file; expected the folder of a Hugging Face checkpoint, or a hub id."
 
 
 def _download(model: str, hint: str) -> Path:
@@ -81,7 +119,29 @@ def load_config(folder: Path):
             f"{folder} is a {config.model_type} model ({', '.join(names)}); expected a "
             "decoder-only causal language model."
         )
+    _check_sizes(config, folder / "config.json")
     return config
+
+
+def _check_sizes(config, path: Path) -> None:
+    """Refuse numbers that no model has, before one is built of them: a billion blocks take days."""
+    text = config.get_text_config()
+    for name, most in MOST.items():
+        value = getattr(text, name, None)
+        if value is None or isinstance(value, list):  # some have a value per block
+            continue
+        if type(value) is not int or not 0 <= value <= most:
+            raise UserError(f"{path} has {value!r:.40} for {name}; expected 1 to {most}.")
+    entries = getattr(config, sizes.KEY, None)
+    blocks = getattr(text, "num_hidden_layers", None)
+    if entries is not None and (
+        not isinstance(entries, list)
+        or len(entries) != blocks
+        or not all(isinstance(entry, dict) for entry in entries)
+    ):
+        raise UserError(
+            f"{path} has a {sizes.KEY} that is no list of {blocks} objects, one a block."
+        )
 
 
 def load_tokenizer(model: str | Path):
@@ -91,6 +151,12 @@ def load_tokenizer(model: str | Path):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the file's contents lead to
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            raise UserError(
+                f"{folder} has its tokenizer as tokenizer.model alone, which transformers converts "
+                "with more packages: pip install sentencepiece protobuf tiktoken, or copy the "
+                f"model's tokenizer.json there ({one_line(error)[:80]})"
+            ) from error
         if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
             raise UserError(
                 f"{folder} holds no tokenizer (tokenizer.json); copy the model's own there."

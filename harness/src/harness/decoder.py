@@ -18,6 +18,7 @@ from torch import nn
 
 from harness import checkpoint, distributed, names, precision, sizes
 from harness.errors import UserError, one_line
+from harness.macs import skeleton
 from harness.perplexity import window_length
 from harness.stages import linears
 from harness.tensors import Weights
@@ -95,14 +96,11 @@ class Decoder:
         elif isinstance(dtype, str):
             dtype = precision.choose(dtype, self.stored_dtype, self.device, name or folder)
         self.dtype = dtype
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = sizes.build(self.config, self.dtype)
-        except Exception as error:  # the family's own code over the file's values
-            raise UserError(
-                f"{folder}/config.json describes no model that transformers can build: "
-                f"{one_line(error)}"
-            ) from error
+        # First without buffers: they are made for real below, of whatever size the config says.
+        self.names = names.match(skeleton(self.config), self.weights)
+        names.say_extra(self.names.extra, folder)
+        with init_empty_weights(include_buffers=False):
+            model = sizes.build(self.config, self.dtype)
         self.differentiable = False
         self.model = model.eval()
         _keep_float32(self.model, self.dtype)
@@ -111,8 +109,6 @@ class Decoder:
         self._arguments: dict[tuple[int, int], list[tuple]] = {}
         self._returns: int | None = None  # items of the tuple that a block returns, 0: no tuple
         self._outer_loaded = False
-        self.names = names.match(self.model, self.weights)
-        names.say_extra(self.names.extra, folder)
         shared = [n for n in self.names.tied if n.startswith(self.prefix + ".")]
         if shared:
             raise UserError(

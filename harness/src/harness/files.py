@@ -180,8 +180,8 @@ def read_json(path: Path) -> dict:
         UserError: the file is missing, broken, or holds something else.
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; it is damaged, get another copy.")

@@ -108,7 +108,8 @@ def _small_int64s(stored: Stored) -> tuple[int, ...]:
 
 def is_parameter(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a stored floating tensor is a weight: old files also hold masks and frequencies."""
-    return 1 <= len(shape) <= 3 and not name.endswith("inv_freq")
+    mask = len(shape) == 4 and name.endswith((".bias", "_mask"))
+    return len(shape) > 0 and not mask and not name.endswith("inv_freq")
 
 
 def footprint(folder: Path, tied: bool = False) -> Footprint:

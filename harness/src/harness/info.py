@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from harness import checkpoint, files, formats, quantconfig, readers, sparsity
+from harness import checkpoint, files, formats, names, quantconfig, readers, sparsity
 from harness.footprint import Footprint, linear_shapes, stored_size
 from harness.macs import macs_per_token, skeleton
 from harness.perplexity import context_length, window_length
+from harness.tensors import Weights
 
 
 def info(model: str) -> str:
@@ -16,16 +17,22 @@ def info(model: str) -> str:
     folder = checkpoint.resolve(model)
     config = checkpoint.load_config(folder)
     text = config.get_text_config()
-    size = stored_size(folder, config)
-    length = window_length(config)
-    macs = macs_per_token(skeleton(config), length, linear_shapes(folder))
     path = folder / "config.json"
     quantization = quantconfig.of(files.read_json(path), path)
+    model = skeleton(config)
+    if quantconfig.layout_of(quantization) != "other":
+        found = names.match(model, Weights(folder))
+        names.say_extra(found.extra, folder)
+    size = stored_size(folder, config)
+    length = window_length(config)
+    macs = macs_per_token(model, length, linear_shapes(folder))
     steps = _steps(folder)
-    shape = f"{text.num_hidden_layers} blocks of width {text.hidden_size}"
+    blocks, width = (getattr(text, n, "?") for n in ("num_hidden_layers", "hidden_size"))
+    vocabulary = getattr(text, "vocab_size", "?")
+    shape = f"{blocks} blocks of width {width}, vocabulary {vocabulary}"
     lines = [
         ("folder", str(folder)),
-        ("architecture", f"{config.model_type}, {shape}, vocabulary {text.vocab_size}"),
+        ("architecture", f"{config.model_type}, {shape}"),
         ("context", f"{context_length(config) or 'unbounded'} tokens"),
         ("stored as", _stored_as(quantization)),
         ("parameters", f"{size.parameters / 1e6:,.2f} M"),
@@ -37,8 +44,8 @@ def info(model: str) -> str:
         ("read by", readers.of_folder(folder, config)),
         *_recipe(steps),
     ]
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
+    indent = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name.ljust(indent)}  {value}" for name, value in lines)
 
 
 def _stored_as(quantization: dict | None) -> str:

@@ -56,7 +56,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], layout: str, grid: Grid | None)
             f"config.json tells of {layout}, and no tensor ends in .{MARKS[layout]}; config and "
             "files do not belong together."
         )
-    for linear, parts in beside.items():
+    for linear, parts in sorted(beside.items()):
         missing = NEEDED[layout] - parts
         strange = parts - NEEDED[layout] - OPTIONAL[layout] - {MARKS[layout]}
         if missing:

@@ -63,8 +63,11 @@ def model_class(config):
     Of an image-text model it is the class that its config names, and the whole model; a causal LM
     else. None where transformers has neither for it.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, modeling_outputs
 
+    # transformers 5.24: Llama 4 with images reads this of its text part's output, which has none.
+    if not hasattr(modeling_outputs.MoeCausalLMOutputWithPast, "image_outputs"):
+        modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None
     known = []
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         found = auto._model_mapping.get(type(config), None) or ()

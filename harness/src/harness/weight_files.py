@@ -72,8 +72,8 @@ def _why_none(folder: Path) -> str:
         return "is a LoRA adapter" + base_of_adapter(folder)
     if list(folder.glob("*.gguf")):
         return (
-            "holds a .gguf file, which is not read yet; give the Hugging Face checkpoint it was "
-            "made from."
+            "holds a .gguf file, which is not read yet; give the Hugging Face checkpoint that it "
+            "was made from."
         )
     return "holds no model.safetensors (or its index); nothing to load."
 
