@@ -131,8 +131,10 @@ def test_everything_at_once_and_compare(here, dense, capsys):
     assert metrics["divergence"]["details"]["forward_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["speed"]["details"]["decode_tokens_s"] > 0
     assert metrics["footprint"]["details"]["bits_per_parameter"] == 32
-    assert {"torch", "transformers", "harness"} <= results["versions"].keys()
-    assert results["command"] and results["recipe"] == []
+    for metric in metrics.values():
+        assert {"torch", "transformers", "harness"} <= metric["versions"].keys()
+        assert metric["command"] and metric["date"]
+    assert results["recipe"] == []
 
     other = make_model(here / "other", seed=1)
     assert evaluate(other, "--ppl", "text.txt", "--limit", 4, "--seqlen", 64) == 0

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from harness.errors import UserError
+from safetensors.torch import save_file
 
-from harness import plot, report
+from harness import hashes, plot, report
 
 
 def results(name, mb, ppl, acc=None, method=None):
@@ -34,7 +36,7 @@ def test_saved_and_loaded_back_and_never_half_written(tmp_path, monkeypatch):
     json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     before = path.read_bytes()
     monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(UserError, match="the disk is full"):
         report.save(results("b", 1, 2), path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
@@ -94,10 +96,25 @@ def test_identity_follows_the_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(100))
-    first = report.model_identity(tmp_path)
-    assert report.model_identity(tmp_path) == first
+    first = hashes.of_model(tmp_path)
+    assert hashes.of_model(tmp_path) == first
     weights.write_bytes(bytes(99) + b"x")
-    assert report.model_identity(tmp_path) != first
+    second = hashes.of_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert len({first, second, hashes.of_model(tmp_path)}) == 3
+
+
+def test_a_change_of_one_tensor_in_a_large_file_is_noticed(tmp_path, monkeypatch):
+    """Large files are not read whole: of every tensor something is."""
+    monkeypatch.setattr(hashes, "WHOLE", 0)
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {str(i): torch.ones(size) for i, size in enumerate((3, 600_000, 5, 400_000))}
+    seen = set()
+    for change in (None, *tensors):
+        changed = tensors if change is None else tensors | {change: tensors[change] * 0}
+        save_file(changed, tmp_path / "model.safetensors")
+        seen.add(hashes.of_model(tmp_path))
+    assert len(seen) == 1 + len(tensors)
 
 
 def test_frontier_keeps_what_nothing_beats():

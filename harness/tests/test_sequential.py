@@ -18,7 +18,7 @@ from harness.stages import get_matrix, linears, set_matrix
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from harness import block_pass, sequential, writer
+from harness import block_pass, hashes, sequential, writer
 from harness import decoder as decoder_module
 
 BATCH, WINDOWS = 2, 5  # the last batch is a short one
@@ -310,11 +310,11 @@ def test_a_change_anywhere_in_a_large_file_is_another_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     tensors = {"x": torch.zeros(size, dtype=torch.uint8)}
     writer.save_tensors(tmp_path / "model.safetensors", tensors)
-    before = writer.model_files(tmp_path)
-    assert before == writer.model_files(tmp_path)
+    before = hashes.model_files(tmp_path)
+    assert before == hashes.model_files(tmp_path)
     tensors["x"][size // 3 : size // 3 + size // 256] += 1
     writer.save_tensors(tmp_path / "model.safetensors", tensors)
-    changed = writer.model_files(tmp_path)
+    changed = hashes.model_files(tmp_path)
     assert changed["config.json"] == before["config.json"]
     assert changed["model.safetensors"] != before["model.safetensors"]
 
@@ -391,7 +391,7 @@ def test_a_full_disk_is_said_and_resumable(where, sources, tmp_path, monkeypatch
 
     patches = {
         "shard": ("save_file", save_file),
-        "text": ("write_text", raises),
+        "text": ("publish.write_text", raises),
         "side file": ("shutil.copyfile", raises),
     }
     name, function = patches[where]

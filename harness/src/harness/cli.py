@@ -9,10 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from harness import publish
 from harness.errors import UserError
 
 DONE, FAULT, MENDABLE, INTERRUPTED = 0, 1, 2, 130
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+FORBIDDEN = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ELOOP,
+)  # fmt: skip
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, seed: int = 0) -> None:
@@ -39,6 +43,29 @@ def add_shared_flags(parser: argparse.ArgumentParser, seed: int = 0) -> None:
         "--dry-run",
         action="store_true",
         help="resolve everything, print the plan and what it needs, write nothing, exit 0",
+    )
+
+
+def add_ignore(group) -> None:
+    """Add `--ignore` to a parser or a group of one: a list of patterns, [] by default."""
+    group.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="linears that stay dense, by full name or last parts (dt_proj, mlp.down_proj) or "
+        "re:REGEX; may be given again",
+    )
+
+
+def add_bos(group) -> None:
+    """Add `--bos` to a parser or a group of one."""
+    group.add_argument(
+        "--bos",
+        default="auto",
+        choices=["auto", "none", "window"],
+        help="BOS at the head of every window of text: auto (default: none, as published, unless "
+        "trying shows that the model needs it), none, window",
     )
 
 
@@ -94,6 +121,8 @@ def run(body: Callable[[], int | None]) -> int:
     except Exception:
         traceback.print_exc()
         return FAULT
+    finally:
+        publish.release_all()
 
 
 EPILOG = """examples:
@@ -207,6 +236,7 @@ def _eval_parser(commands) -> None:
         metavar="TOKENS",
         help="window of perplexity and divergence (default: the model's context, at most 2048)",
     )
+    add_bos(how)
     how.add_argument(
         "--limit",
         type=int,

@@ -7,7 +7,8 @@ from pathlib import Path
 from harness.card import REPACKED
 from harness.errors import UserError
 from harness.plot import COLOURS, annotate, logarithmic
-from harness.report import rows_of, write_atomically
+from harness.publish import write
+from harness.report import rows_of
 from harness.sparsity import nominal_ratio
 
 DENSE = "dense"
@@ -152,7 +153,7 @@ def curve(all_results: Sequence[dict], path: Path) -> None:
     ]
     columns = min(len(names), 2 * len(panels))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-    write_atomically(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
+    write(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
     pyplot.close(figure)
 
 
@@ -192,7 +193,7 @@ def bubble(all_results: Sequence[dict], path: Path) -> None:
     if len(points) <= NAMED:
         annotate(axis, [(time, value, name) for name, time, value, _ in points])
     _legends(pyplot, axis, names, largest)
-    write_atomically(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
+    write(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
     pyplot.close(figure)
 
 

@@ -9,11 +9,12 @@ Shapes: N windows, T tokens per window (seqlen).
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import files, hub, instruct, stdlib
+from harness import columns, distributed, files, hub, instruct, stdlib
 from harness.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ STDLIB_SPLITS = {"train": "train", "validation": "calibration", "test": "test"}
 PARAGRAPHS = "\n\n"
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256
 DRAWS = 10_000
+LONGEST = 32_000_000  # characters of one text that are encoded, which take about a gigabyte
+CHARACTERS, MARGIN = 8, 256  # of a token, at first; tokens whose end of the text is not known yet
 
 
 def _local(dataset: str) -> Path:
@@ -43,28 +46,70 @@ def _encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def _file_text(dataset: str, split: str) -> str:
+def _file_text(dataset: str, split: str, tokenizer, most: int | None) -> str:
     source = _local(dataset)
     chosen, own = files.select(source, split)
     if not own and split == "train":
-        print(
+        distributed.say_once(
             f"note: {dataset} is one text for calibration and evaluation alike (a folder with "
-            "train* and test* files keeps them apart)",
-            file=sys.stderr,
+            "train* and test* files keeps them apart)"
         )
-    texts = []
-    for path in chosen:
-        for row in files.rows(path):
-            pair = instruct.example(row) if "text" not in row else None
-            if pair:
-                texts.append(pair["prompt"] + pair["response"])
-            else:
-                texts.append(row[files.text_column(row, path)])
-    return PARAGRAPHS.join(texts)
+    parts, size = [], 0
+    for text in _documents(chosen, tokenizer):
+        parts.append(text)
+        size += len(text)
+        if most is not None and size > most:
+            break
+    return "".join(parts)
 
 
-def corpus_text(dataset: str, split: str, new_eval: bool = True) -> str:
-    """The train or test text of every dataset whose windows are cut from one joined text."""
+def _documents(paths: Sequence[Path], tokenizer) -> Iterator[str]:
+    """The texts of files and what stands between them, piece by piece."""
+    first = True
+    for path in paths:
+        if files.kind(path) == ".txt":
+            yield "" if first else PARAGRAPHS
+            yield from files.pieces(path)
+            first = False
+            continue
+        for row, chosen, where in read(path):
+            yield "" if first else PARAGRAPHS
+            yield columns.text_of(row, chosen, tokenizer, where)
+            first = False
+
+
+def read(path: Path) -> Iterator[tuple[dict, columns.Columns, str]]:
+    """(row, the columns of its file, the name of its place) of a table, one after another."""
+    stream = files.stream(path)
+    head = list(islice(stream, columns.HEAD))
+    if not head:
+        return
+    chosen = columns.choose(head, path)
+    for number, row in enumerate(chain(head, stream), 1):
+        yield row, chosen, Place(path, number)
+
+
+class Place(str):
+    """ "FILE, line 7", counted only where somebody reads it."""
+
+    def __new__(cls, path: Path, number: int):
+        self = super().__new__(cls, f"{path}, row {number}")
+        self.path, self.number = path, number
+        return self
+
+    def __format__(self, how: str) -> str:
+        return f"{self.path}, line {files.line_of(self.path, self.number)}"
+
+
+def corpus_text(
+    dataset: str, split: str, new_eval: bool = True, *, tokenizer=None, most: int | None = None
+) -> str:
+    """The train or test text of every dataset whose windows are cut from one joined text.
+
+    Args:
+        tokenizer: renders chats. most: of a local file no more is read than this many characters
+            and the rest of the piece in which they end.
+    """
     if dataset == "stdlib-quiz":
         raise UserError("stdlib-quiz is a set of questions, not a text; use 'stdlib' for windows")
     if dataset == "stdlib":
@@ -78,7 +123,7 @@ def corpus_text(dataset: str, split: str, new_eval: bool = True) -> str:
     if dataset in INSTRUCTIONS:
         pairs = instructions(dataset, split)
         return PARAGRAPHS.join(pair["prompt"] + pair["response"] for pair in pairs)
-    return _file_text(dataset, split)
+    return _file_text(dataset, split, tokenizer, most)
 
 
 def corpus_documents(dataset: str, split: str) -> Sequence[str]:
@@ -134,7 +179,11 @@ def calibration(
     if dataset in ("c4", "pileval"):
         documents = corpus_documents(dataset, "train")
         return _drawn(tokenizer, dataset, documents, nsamples, seqlen, seed)
-    ids = _encode(tokenizer, corpus_text(dataset, "train", True))
+    text = corpus_text(dataset, "train", True, tokenizer=tokenizer, most=LONGEST)
+    if len(text) > LONGEST:
+        text = text[:LONGEST]
+        distributed.say(f"{dataset}: windows are drawn from its first {LONGEST:,} characters")
+    ids = _encode(tokenizer, text)
     have = max(0, len(ids) - 1) // seqlen
     if have < nsamples:
         raise UserError(_too_little(dataset, ids, have, seqlen, nsamples, held_out))
@@ -153,25 +202,42 @@ def _too_little(dataset: str, ids, have: int, seqlen: int, asked: int, held_out:
 
 
 def evaluation(
-    tokenizer, dataset: str, *, seqlen: int, limit: int | None = None, new_eval: bool = True
+    tokenizer,
+    dataset: str,
+    *,
+    seqlen: int,
+    limit: int | None = None,
+    new_eval: bool = True,
+    bos: bool = False,
 ) -> "Tensor":
     """Non-overlapping windows of the test text, tail dropped: LongTensor [N, T = seqlen].
 
     `limit` keeps the first so many. `new_eval=False` takes GPTQ's older slices of ptb and c4 (see
-    `protocol`). Raises UserError when the text is shorter than one window.
+    `protocol`). With `bos` every window is BOS and T - 1 tokens of the text, which then begins
+    without. Raises UserError when the text is shorter than one window.
     """
     import torch
 
     _check(seqlen, limit, "--limit")
+    if bos:
+        plain = evaluation(
+            tokenizer, dataset, seqlen=seqlen, limit=limit and limit + 1, new_eval=new_eval
+        )
+        ids = plain.flatten()
+        ids = ids[1:] if ids[0] == tokenizer.bos_token_id else ids
+        count = len(ids) // (seqlen - 1)
+        count = count if limit is None else min(limit, count)
+        windows = ids[: count * (seqlen - 1)].view(count, seqlen - 1)
+        return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), windows], dim=1)
     if dataset == "c4" and not new_eval:
         count = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
         return _drawn(tokenizer, dataset, corpus_documents(dataset, "test"), count, seqlen, 0)
     if dataset in ("c4", "pileval"):
         text = " ".join(corpus_documents(dataset, "test")[:C4_DOCUMENTS])
         limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
+        ids = _encode(tokenizer, text)
     else:
-        text = corpus_text(dataset, "test", new_eval)
-    ids = _encode(tokenizer, text)
+        ids = _first_ids(tokenizer, dataset, new_eval, limit, seqlen)
     count = len(ids) // seqlen
     if not count:
         raise UserError(
@@ -180,6 +246,26 @@ def evaluation(
         )
     count = count if limit is None else min(limit, count)
     return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)
+
+
+def _first_ids(tokenizer, dataset, new_eval, limit: int | None, seqlen: int) -> list[int]:
+    """Tokens of the test text: with ``limit`` no more of it is read and encoded than it takes to be
+    sure of so many windows. What follows a text changes only the tokens at its very end, of which
+    MARGIN are not taken."""
+    need = None if limit is None else limit * seqlen
+    most = LONGEST if need is None else min(LONGEST, CHARACTERS * (need + MARGIN))
+    while True:
+        text = corpus_text(dataset, "test", new_eval, tokenizer=tokenizer, most=most)
+        whole = len(text) <= most
+        ids = _encode(tokenizer, text if whole else text[:most])
+        if whole or (need is not None and len(ids) >= need + MARGIN):
+            return ids if need is None else ids[:need]
+        if most >= LONGEST:
+            raise UserError(
+                f"{dataset}: more than {LONGEST:,} characters; evaluate its first windows with "
+                "--limit N"
+            )
+        most = min(LONGEST, 2 * most)
 
 
 def protocol(dataset: str, new_eval: bool = True) -> str:
@@ -205,11 +291,12 @@ def protocol(dataset: str, new_eval: bool = True) -> str:
     return f"{dataset}, documents joined by two newlines"
 
 
-def instructions(dataset: str, split: str) -> list[dict[str, str]]:
+def instructions(dataset: str, split: str, tokenizer=None) -> list[dict[str, str]]:
     """`[{"prompt": str, "response": str}, ...]` of split "train", "validation" or "test".
 
     alpaca and dolly, a single local file and a folder whose names tell no split are dealt by
-    `instruct.deal`. Raises UserError for a dataset without prompts and responses.
+    `instruct.deal`; chats are rendered by the tokenizer. Raises UserError for a dataset without
+    prompts and responses.
     """
     if split not in STDLIB_SPLITS:
         raise UserError(f"split {split!r}: expected {', '.join(STDLIB_SPLITS)}")
@@ -220,17 +307,23 @@ def instructions(dataset: str, split: str) -> list[dict[str, str]]:
     if dataset in DATASETS:
         raise UserError(f"{dataset} has no prompts and responses; use {', '.join(INSTRUCTIONS)}")
     chosen, own = files.select(_local(dataset), split)
-    examples = []
-    for path in chosen:
-        for row in files.rows(path):
-            pair = instruct.example(row)
-            if pair is None:
-                raise UserError(
-                    f"{path}: columns {', '.join(map(str, row))}; expected prompt and response, "
-                    "or instruction (input) and output"
-                )
-            examples.append(pair)
+    examples = [
+        columns.pair_of(row, _pairs_of(names, row, path), tokenizer, where)
+        for path in chosen
+        for row, names, where in read(path)
+    ]
     return examples if own else instruct.deal(examples, split)
+
+
+def _pairs_of(names: columns.Columns, row: dict, path: Path) -> columns.Columns:
+    """The columns of a prompt and its response, in a file that may have a text column too."""
+    found = columns.pair_columns([row]) if names.kind == "text" else names
+    if found is None:
+        raise UserError(
+            f"{path}: columns {', '.join(map(str, row))}; expected messages, or prompt and "
+            "response, or instruction (input) and output"
+        )
+    return found
 
 
 def questions(dataset: str) -> list[dict]:

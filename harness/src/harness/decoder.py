@@ -10,13 +10,13 @@ Legend: B windows in a batch, T tokens per window, D hidden size, V vocabulary.
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from harness import checkpoint, distributed, names, precision, sizes
+from harness import checkpoint, distributed, names, precision, sizes, stages
 from harness.errors import UserError, one_line
 from harness.macs import skeleton
 from harness.perplexity import window_length
@@ -121,6 +121,12 @@ class Decoder:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    def ignore(self, patterns: Sequence[str]) -> None:
+        """Leave the linears that ``patterns`` mean dense, see :func:`harness.stages.ignore`."""
+        if patterns:
+            found = stages.ignore(self.prefix, self.blocks, patterns)
+            distributed.say(f"left dense by --ignore: {len(found)} linears, {found[0]} among them")
 
     # -- names and tensors ------------------------------------------------------------------
 
@@ -327,7 +333,8 @@ class Decoder:
             if not name.startswith(self.prefix + "."):
                 _put(self.model, name, buffer.to(self.device), buffer=True)
         for name, source in self.names.tied.items():
-            _put(self.model, name, self.model.get_parameter(source))
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._parameters[leaf] = self.model.get_parameter(source)
         self._outer_loaded = True
 
 

@@ -19,9 +19,12 @@ import errno
 import json
 import logging
 import os
+import pickle
 import shutil
 import socket
+import stat
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
@@ -32,8 +35,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness import distributed, precision, writer
-from harness.errors import UserError
+from harness import distributed, files, precision, publish
+from harness.errors import UserError, one_line
 
 SCHEDULES = ("cosine", "constant")
 DIVERGED = (
@@ -290,15 +293,15 @@ def save_state(engine, folder: Path, state: dict) -> None:
         # torch's writer of zip files tells a full disk by a position that it did not expect.
         if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
             error = OSError(errno.ENOSPC, str(error))
-        raise writer.disk_error(folder, error) from error
+        raise publish.disk_error(folder, error) from error
 
-    def publish():
-        writer.write_text(folder / "state.json", json.dumps({"tag": name, **state}, indent=1))
+    def point():
+        publish.write_text(folder / "state.json", json.dumps({"tag": name, **state}, indent=1))
         for old in folder.glob("step-*"):
             if old.name != name:
                 shutil.rmtree(old)
 
-    distributed.lead(publish)
+    distributed.lead(point)
 
 
 def load_state(engine, folder: Path) -> dict | None:
@@ -306,13 +309,57 @@ def load_state(engine, folder: Path) -> dict | None:
     path = folder / "state.json"
     if not path.is_file():
         return None
-    state = json.loads(path.read_text())
-    loaded, _ = engine.load_checkpoint(
-        str(folder), tag=state["tag"], load_module_strict=not _some_frozen(engine)
-    )
+    state = files.read_json(path)
+    _check_ours(folder)
+    loaded = None
+    try:
+        loaded, _ = engine.load_checkpoint(
+            str(folder), tag=state["tag"], load_module_strict=not _some_frozen(engine)
+        )
+    except (pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        distributed.say(f"{folder}: {one_line(error)}")
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
     if loaded is None:
         raise UserError(f"{folder} holds no state that can be read; start again with --no-resume.")
     return state
+
+
+def _check_ours(folder: Path) -> None:
+    """DeepSpeed's states are pickles, which run what they say: only those are read that this user
+    wrote and nobody else can have changed."""
+    if not hasattr(os, "getuid"):
+        return
+    for path in (folder.parent, folder, *folder.rglob("*")):
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            fault = "is a link"
+        elif found.st_uid != os.getuid():
+            fault = f"belongs to user {found.st_uid}"
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not _own_group(found):
+            fault = f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+        else:
+            continue
+        raise UserError(
+            f"{path} {fault}: a saved state runs code when it is read, so it has to be yours alone "
+            "(chmod -R go-w on the folder, if you trust it); or start again with --no-resume."
+        )
+
+
+def _own_group(found: os.stat_result) -> bool:
+    """Whether only a group of the user's own name may write: what a umask of 002 leaves, where
+    every user has a group with nobody else in it."""
+    import grp
+    import pwd
+
+    if found.st_mode & stat.S_IWOTH or found.st_gid != os.getgid():
+        return False
+    try:
+        group, user = grp.getgrgid(found.st_gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and not set(group.gr_mem) - {user.pw_name}
 
 
 def _some_frozen(engine) -> bool:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import card, precision, report
+from harness import card, distributed, precision, publish, report
 from harness.errors import UserError
 from harness.measures import (
     Step,
@@ -38,6 +38,9 @@ def evaluate(args) -> int:
     subject = Subject(args)
     name = Path(args.model).resolve().name + (f"-{args.load}" if args.load else "")
     path = results_path(args, subject.folder, name)
+    publish.check_place(path)
+    if not args.dry_run:
+        publish.hold(path)
     results = open_results(path, name, subject.folder, args.overwrite)
     steps = plan(subject)
     if args.dry_run:
@@ -58,10 +61,9 @@ def evaluate(args) -> int:
             "seconds": round(time.perf_counter() - start, 3),
             "rows": rows,
             "details": details,
+            **report.provenance(card.command_line()),
         }
         report.save(results, path)
-    # What was already complete still gets this run's command and versions.
-    report.save(results, path)
     print(f"{report.markdown(results)}\n{report.dtypes(results)}")
     if args.mmlu and "mmlu" in results["metrics"]:
         print("\n" + report.accuracy_table(results["metrics"]["mmlu"]["details"]["subjects"]))
@@ -135,10 +137,13 @@ def open_results(path: Path, name: str, folder: Path, overwrite: bool) -> dict:
 
     Raises UserError when `path` holds another model's results and `overwrite` is False.
     """
-    results = report.new_results(name, folder, card.command_line())
+    results = report.new_results(name, folder)
     if overwrite or not path.exists():
         return results
     old = report.load(path)
+    if old["schema"] < report.SCHEMA:
+        distributed.say(f"{path} does not tell what its numbers were measured on: measuring anew")
+        return results
     if old["model"] != results["model"]:
         raise UserError(
             f"{path} holds results of another model ({old['model']['name']}); choose another --out "

@@ -11,12 +11,12 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
 
-from harness import checkpoint, data, distributed, files, instruct
+from harness import checkpoint, columns, data, distributed, files, instruct
 from harness.errors import UserError
 
 EXPECTED = "expected prompt and response, or instruction (input) and output"
@@ -44,9 +44,9 @@ def is_text(dataset: str) -> bool:
     if dataset in data.DATASETS or not Path(dataset).exists():
         return dataset in data.DATASETS and dataset not in data.INSTRUCTIONS
     chosen, _ = files.select(Path(dataset), "train")
-    first = next((row for path in chosen for row in files.rows(path)), {})
-    texts = any(isinstance(first.get(name), str) for name in files.TEXT_COLUMNS)
-    return texts and instruct.example(first) is None
+    head = next((list(islice(files.stream(path), columns.HEAD)) for path in chosen), [])
+    named = any(isinstance(row.get(n), str) for row in head for n in files.TEXT_COLUMNS)
+    return named and columns.choose(head, dataset).kind == "text" and not columns.pair_columns(head)
 
 
 def sample(found: list, limit: int | None) -> list:
@@ -57,7 +57,7 @@ def sample(found: list, limit: int | None) -> list:
 
 
 def pairs(
-    dataset: str, split: str, generated: bool = False, *, alone: bool = False
+    dataset: str, split: str, generated: bool = False, *, alone: bool = False, tokenizer=None
 ) -> list[dict[str, str]]:
     """`[{"prompt", "response"}, ...]` of split "train" or "validation".
 
@@ -69,6 +69,7 @@ def pairs(
         generated: only what a model wrote counts as a response (sequence-level distillation).
         alone: nothing else is taken from there: a file, or a folder whose names tell no split, is
             not dealt into parts.
+        tokenizer: renders chats (column messages), of which the last turn is the response.
 
     Raises:
         UserError: no such set, or a row that lacks a column, by its line.
@@ -79,33 +80,32 @@ def pairs(
                 f"--type seqkd trains on what a teacher generated, and {dataset} was written by "
                 f"people; python -m minillm.generate TEACHER --data {dataset} makes such a file."
             )
-        return data.instructions(dataset, split)
+        return data.instructions(dataset, split, tokenizer)
     chosen, own = files.select(Path(dataset), split)
-    found = [
-        _pair(row, path, number, generated)
-        for path in chosen
-        for number, row in enumerate(files.rows(path), 1)
-    ]
+    found = [pair for path in chosen for pair in _pairs(path, generated, tokenizer)]
     return found if own or alone else instruct.deal(found, split)
 
 
-def _pair(row: dict, path: Path, number: int, generated: bool) -> dict[str, str]:
-    keys = files.columns(row)
+def _pairs(path: Path, generated: bool, tokenizer) -> Iterator[dict[str, str]]:
+    """Of one file, from columns that are chosen once."""
+    rows = files.rows(path)
+    head = rows[: columns.HEAD]
+    chat = next((n for n in columns.CHATS if any(isinstance(r.get(n), list) for r in head)), None)
+    names = columns.Columns("chat", (chat,)) if chat else columns.pair_columns(head)
+    said = next((k for k in GENERATED if any(isinstance(r.get(k), str) for r in head)), None)
+    expected = EXPECTED
     if generated:
-        written = next((row[key] for key in GENERATED if isinstance(row.get(key), str)), None)
-        if written is None or not isinstance(row.get("prompt"), str):
-            raise UserError(
-                f"{path}, line {files.line_of(path, number)}: {keys}; expected prompt and "
-                "response, as python -m minillm.generate writes them."
-            )
-        return {"prompt": row["prompt"], "response": written}
-    several = row.get("output")
-    if isinstance(several, list) and several:
-        row = row | {"output": several[0]}
-    pair = instruct.example(row)
-    if pair is None:
-        raise UserError(f"{path}, line {files.line_of(path, number)}: {keys}; {EXPECTED}.")
-    return pair
+        names = said and columns.Columns("pair", ("prompt", said, None))
+        expected = "expected prompt and response, as python -m minillm.generate writes them"
+    for number, row in enumerate(rows, 1):
+        place = data.Place(path, number)
+        if names and names.kind == "chat":
+            yield columns.pair_of(row, names, tokenizer, place)
+            continue
+        try:
+            yield columns.pair_of(row, names, tokenizer, "")
+        except (UserError, AttributeError) as error:
+            raise UserError(f"{place}: {files.columns(row)}; {expected}.") from error
 
 
 def encode(tokenizer, prompts: list[str], responses: list[str]) -> Iterator[tuple[list, list]]:
@@ -245,9 +245,9 @@ def windows(
         UserError: no such text, or less than a window of it.
     """
     if alone and dataset not in data.DATASETS:
-        text, part = data.corpus_text(dataset, part), "whole"
+        text, part = data.corpus_text(dataset, part, tokenizer=tokenizer), "whole"
     else:
-        text = _text(dataset, part, length, limit)
+        text = _text(dataset, part, length, limit, tokenizer)
 
     def rows(counts: Counts):
         ids = tokenizer(text, verbose=False)["input_ids"]
@@ -264,13 +264,13 @@ def windows(
     return made
 
 
-def _text(dataset: str, part: str | None, length: int, limit: int | None) -> str:
+def _text(dataset: str, part: str | None, length: int, limit: int | None, tokenizer) -> str:
     if dataset == "stdlib":
         from harness import stdlib
 
         return stdlib.text("calibration" if part == "validation" else "train")
     if dataset not in ("c4", "pileval"):
-        return data.corpus_text(dataset, "train")
+        return data.corpus_text(dataset, "train", tokenizer=tokenizer)
     documents = data.corpus_documents(dataset, "train")
     if part is None:
         return data.PARAGRAPHS.join(documents[: limit or None])

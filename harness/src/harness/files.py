@@ -7,14 +7,19 @@ a folder on the way to it, begins so (`train-00000.parquet`, `test/0000.jsonl`, 
 import csv
 import gzip
 import json
-import os
 import sys
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
+from harness import publish
 from harness.errors import UserError, one_line
 
+LONGEST_LINE = 64_000_000  # characters, as of a whole JSON file
+LONGEST_WHOLE = 256_000_000
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TEXT_COLUMNS = ("text", "content", "document", "sentence", "raw_content", "body", "article")
 PREFIXES = {"train": ("train",), "validation": ("val", "dev"), "test": ("test",)}
@@ -65,26 +70,50 @@ def select(source: Path, split: str) -> tuple[list[Path], bool]:
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+@contextmanager
+def _reading(path: Path) -> Iterator[TextIO]:
+    """The file as UTF-8 text, unpacked; whatever its bytes lead to is one line."""
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield from enumerate(file, 1)
+            yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    with _reading(path) as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise UserError(
+                    f"{path}, line {number}: longer than {LONGEST_LINE / 1e6:.0f} M characters; "
+                    "cut it into rows, or give plain text a name in .txt"
+                )
+            yield number, line
+
+
+def pieces(path: Path) -> Iterator[str]:
+    """A text file from its beginning, piece by piece."""
+    with _reading(path) as file:
+        while piece := file.read(1 << 20):
+            yield piece
 
 
 def _json_rows(path: Path) -> list:
-    text = "".join(line for _, line in _lines(path))
+    text = "".join(_bounded(path))
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         # Many .json files hold one row per line.
         if "\n" in text.strip() and text.lstrip().startswith(("{", "[[")):
-            return _jsonl_rows(path)
-        raise UserError(f"{path}: not JSON ({error})") from error
+            return list(_jsonl_rows(path))
+        raise UserError(f"{path}: not JSON ({one_line(error)})") from error
     if isinstance(whole, dict):
         tables = [value for value in whole.values() if isinstance(value, list)]
         whole = tables[0] if len(tables) == 1 else [whole]
@@ -93,30 +122,52 @@ def _json_rows(path: Path) -> list:
     return whole
 
 
-def _jsonl_rows(path: Path) -> list:
-    rows = []
+def _bounded(path: Path) -> Iterator[str]:
+    size = 0
+    for piece in pieces(path):
+        size += len(piece)
+        if size > LONGEST_WHOLE:
+            raise UserError(
+                f"{path}: more than {LONGEST_WHOLE / 1e6:.0f} M characters in one JSON value; "
+                "write it as .jsonl, a row a line"
+            )
+        yield piece
+
+
+def _jsonl_rows(path: Path) -> Iterator:
     for number, line in _lines(path):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    return rows
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", None) or one_line(error)
+                raise UserError(f"{path}, line {number}: not JSON ({reason})") from error
 
 
-def _csv_rows(path: Path) -> list[dict]:
+def _csv_rows(path: Path) -> Iterator[dict]:
     csv.field_size_limit(sys.maxsize)
-    return list(csv.DictReader(line for _, line in _lines(path)))
+    reader = csv.DictReader(line for _, line in _lines(path))
+    try:
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: more fields than the first line names"
+                )
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
-def _parquet_rows(path: Path) -> list[dict]:
+def _parquet_rows(path: Path) -> Iterator[dict]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a whole parquet file ({error})") from error
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a whole parquet file ({one_line(error)})") from error
 
 
 def _fields(row):
@@ -197,45 +248,41 @@ def columns(row: dict) -> str:
     return ", ".join(names) or "no columns"
 
 
-def check_place(path: Path, flag: str = "--out") -> None:
-    """Raise :class:`UserError` where ``path``, of this flag, cannot be made."""
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if not there.is_dir():
-        raise UserError(f"{path}: {there} is a file, no folder; choose another {flag}.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: {there} is not writable; choose another {flag}.")
-
-
 def check_new(out: Path, replace: bool) -> None:
     """Raise :class:`UserError` unless the file ``out`` of JSON lines may be written."""
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: expected a name in .jsonl, by which other commands read it.")
-    check_place(out)
+    publish.check_place(out)
     if out.is_dir() or (out.exists() and not replace):
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
 
 
 def rows(path: Path) -> list[dict]:
-    """The rows of one file as dicts; .txt and plain strings become {"text": ...}, and a list
-    [[prompt, response]] an instruction.
+    """:func:`stream` as a list."""
+    return list(stream(path))
+
+
+def stream(path: Path) -> Iterator[dict]:
+    """The rows of one file as dicts, one after another; .txt and plain strings become
+    {"text": ...}, and a list [[prompt, response]] an instruction.
 
     Raises UserError naming file and line where it is not what its name says.
     """
     form = kind(path)
     if form == ".txt":
-        return [{"text": "".join(line for _, line in _lines(path))}]
+        yield {"text": "".join(pieces(path))}
+        return
     reader = {
         ".jsonl": _jsonl_rows,
         ".json": _json_rows,
         ".csv": _csv_rows,
         ".parquet": _parquet_rows,
     }[form]
-    found = [_fields(row) for row in reader(path)]
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(map(_fields, reader(path)), 1):
         fault = _fault(row, form)
         if fault:
             raise UserError(f"{path}, line {line_of(path, number)}: {fault}")
-    return found
+        yield row
 
 
 def _fault(row, form: str) -> str | None:
@@ -250,16 +297,3 @@ def _fault(row, form: str) -> str | None:
         half = error.object[error.start]
         return f"{half!a} is half of a character; expected Unicode text, mend the row or drop it"
     return None
-
-
-def text_column(row: dict, path: Path) -> str:
-    """The name of the column that holds the text; UserError listing the columns if unclear."""
-    for name in TEXT_COLUMNS:
-        if isinstance(row.get(name), str):
-            return name
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if len(strings) == 1:
-        return strings[0]
-    raise UserError(
-        f"{path}: no text column among {columns(row)}; name one of them '{TEXT_COLUMNS[0]}'"
-    )

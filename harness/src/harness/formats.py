@@ -63,6 +63,24 @@ def split_names(names: Iterable[str], layout: str) -> tuple[set[str], set[str]]:
     return linears, plain
 
 
+def check_scales(name: str, matrix: torch.Tensor, grid: Grid, layout: str) -> None:
+    """Raise :class:`UserError` where the scales that linear ``name`` [O, I] needs lie outside of
+    float16's ordinary numbers, in which ``layout`` stores them: a matrix of very small weights
+    would be erased, one of very large ones cut off."""
+    if layout != "gptq" or not grid:
+        return
+    groups = matrix.abs().unflatten(1, (-1, grid.columns_per_group(matrix.shape[1])))
+    largest = groups.amax(dim=2).float()
+    scales = largest[largest > 0] / (grid.max_code / (2 if grid.symmetric else 1))
+    limits = torch.finfo(torch.float16)
+    if len(scales) and (scales.min() < limits.tiny or scales.max() > limits.max):
+        raise UserError(
+            f"{name} needs scales from {scales.min():.2g} to {scales.max():.2g}; the gptq format "
+            f"stores float16, {limits.tiny:.2g} to {limits.max:.0f}. Use --format "
+            "compressed-tensors, or leave this linear dense there with --ignore."
+        )
+
+
 def encode(name: str, weight: QuantizedWeight, layout: str) -> dict[str, torch.Tensor]:
     """The tensors, on the CPU and contiguous, that store linear ``name`` in ``layout``."""
     tensors = _encode_gptq(weight) if layout == "gptq" else _encode_compressed_tensors(weight)
@@ -238,6 +256,7 @@ def _unpack(words: torch.Tensor, bits: int, columns: int, name: str) -> torch.Te
 
 
 def _encode_gptq(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """GPTQ's. Its caller has made sure that float16 holds the scales: :func:`check_scales`."""
     columns = weight.codes.shape[1]
     size = weight.grid.columns_per_group(columns)
     stored_zero = weight.zero - 1 if weight.grid.symmetric else weight.zero

@@ -211,6 +211,9 @@ def check_group_size(columns: dict[str, int], grid: Grid) -> None:
         common = math.gcd(*columns.values())
         fitting = [g for g in (256, 128, 64, 32, 16, 8) if common % g == 0]
         hint = f"try {fitting[0]}" if fitting else "use -1 (one group per row)"
+        few = sorted({name.split(" ")[0].rpartition(".")[2] for name in bad})
+        if len(bad) < len(columns):
+            hint += f", or leave them dense: {' '.join(f'--ignore {name}' for name in few)}"
         raise UserError(
             f"group size {grid.group_size} does not divide the input columns of {', '.join(bad)}; "
             f"{hint}."

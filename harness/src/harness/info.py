@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from harness import checkpoint, files, formats, names, quantconfig, readers, sparsity
+from harness import card, checkpoint, files, formats, names, quantconfig, readers, sparsity
 from harness.footprint import Footprint, linear_shapes, stored_size
 from harness.macs import macs_per_token, skeleton
 from harness.perplexity import context_length, window_length
@@ -26,7 +26,7 @@ def info(model: str) -> str:
     size = stored_size(folder, config)
     length = window_length(config)
     macs = macs_per_token(model, length, linear_shapes(folder))
-    steps = _steps(folder)
+    steps = card.steps_of(folder)
     blocks, width = (getattr(text, n, "?") for n in ("num_hidden_layers", "hidden_size"))
     vocabulary = getattr(text, "vocab_size", "?")
     shape = f"{blocks} blocks of width {width}, vocabulary {vocabulary}"
@@ -91,15 +91,6 @@ def _zeros(folder: Path, layout: str, disk: int) -> list[tuple[str, str]]:
 def _smaller(steps: list[dict]) -> list[tuple[str, str]]:
     structured = any("pruning_ratio" in step["settings"] for step in steps if "settings" in step)
     return [("faster?", sparsity.SMALLER)] if structured else []
-
-
-def _steps(folder: Path) -> list[dict]:
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        return []
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["steps"]
 
 
 def _recipe(steps: list[dict]) -> list[tuple[str, str]]:

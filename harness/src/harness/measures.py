@@ -1,12 +1,24 @@
 """One step of `harness eval` per metric: what it resolves before the model is loaded, what it then
 measures, and the rows it leaves in the table."""
 
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-from harness import checkpoint, data, files, formats, precision, quantconfig, sparsity, vllm_loading
+from harness import (
+    checkpoint,
+    data,
+    files,
+    formats,
+    hashes,
+    precision,
+    quantconfig,
+    sparsity,
+    vllm_loading,
+)
 from harness.errors import UserError
 from harness.footprint import linear_shapes, loaded_bits_per_weight, memory_bytes, stored_size
 from harness.perplexity import context_length, window_length
@@ -72,12 +84,21 @@ class Subject:
 
         return stream_logits(folder, windows, device=self.device, dtype=self.dtype, batch_size=1)
 
-    def windows(self, dataset: str):
+    def windows(self, dataset: str, bos: bool = False):
         """Token windows int64 [N, T] of an evaluation text, and how it was cut."""
         windows = data.evaluation(
-            self.tokenizer, dataset, seqlen=self.seqlen, limit=self.args.limit
+            self.tokenizer, dataset, seqlen=self.seqlen, limit=self.args.limit, bos=bos
         )
-        return windows, f"{data.protocol(dataset)}, seqlen {self.seqlen}, non-overlapping"
+        checkpoint.check_token(int(windows.max()), self.config)
+        headed = ", BOS at the head of each" if bos else ""
+        return windows, f"{data.protocol(dataset)}, seqlen {self.seqlen}, non-overlapping{headed}"
+
+    def with_bos(self, dataset: str, windows, logits):
+        """The same with BOS at the heads, where --bos wants it: see
+        :func:`harness.calibration.choose`, which asks for ``logits`` of some windows."""
+        from harness.calibration import choose
+
+        return self.windows(dataset, choose(self.args.bos, self.tokenizer, windows, logits))
 
 
 def short(dataset: str) -> str:
@@ -159,15 +180,16 @@ def perplexity_step(subject: Subject, dataset: str) -> Step:
 
     args = subject.args
     windows, text = subject.windows(dataset)
-    protocol = f"token perplexity, {text}"
+
+    def logits(some):
+        if args.block_by_block:
+            return subject.stream(subject.folder, some)
+        return ppl.model_logits(subject.model, some, args.batch_size or 1)
 
     def measure():
-        label = f"perplexity {short(dataset)}"
-        if args.block_by_block:
-            logits = subject.stream(subject.folder, windows)
-        else:
-            logits = ppl.model_logits(subject.model, windows, args.batch_size or 1)
-        result = ppl.perplexity_of_logits(logits, windows, label)
+        chosen, text = subject.with_bos(dataset, windows, logits)
+        protocol = f"token perplexity, {text}"
+        result = ppl.perplexity_of_logits(logits(chosen), chosen, f"perplexity {short(dataset)}")
         samples = f"{result.windows} windows"
         name = f"PPL {short(dataset)}"
         line = row(
@@ -175,7 +197,10 @@ def perplexity_step(subject: Subject, dataset: str) -> Step:
         )
         return [line], asdict(result)
 
-    settings = {**subject.numerics, "protocol": protocol, "windows": len(windows)}
+    settings = {
+        **subject.numerics, "protocol": f"token perplexity, {text}", "windows": len(windows),
+        "tokens": hashes.tokens_hash(windows), "bos": args.bos,
+    }  # fmt: skip
     plan = f"{len(windows)} windows of {subject.seqlen} tokens, {data.protocol(dataset)}"
     return Step(f"ppl:{dataset}", settings, plan, measure, windows.numel())
 
@@ -199,7 +224,8 @@ def choice_step(subject: Subject, dataset: str) -> Step:
         ]
         return rows, result
 
-    settings = {**subject.numerics, "questions": len(questions)}
+    asked = hashes.text_hash(repr(questions))
+    settings = {**subject.numerics, "questions": len(questions), "content": asked}
     return Step(f"choice:{dataset}", settings, f"{len(questions)} questions", measure)
 
 
@@ -240,6 +266,7 @@ def mmlu_step(subject: Subject) -> Step:
     settings = {
         **subject.numerics,
         "questions": count,
+        "content": hashes.text_hash(repr(subjects)),
         "shots": shots,
         "prompt": args.mmlu_prompt,
         "window": window,
@@ -286,28 +313,32 @@ def tasks_step(subject: Subject) -> Step:
             rows.append(line)
         return rows, results
 
-    settings = {**subject.numerics, "tasks": names, "limit": args.limit}
+    settings = {
+        **subject.numerics, "tasks": names, "limit": args.limit, "lm_eval": tasks.version(),
+    }  # fmt: skip
     return Step("tasks", settings, f"lm-eval: {', '.join(names)}", measure)
 
 
 def divergence_step(subject: Subject, dataset: str) -> Step:
     from harness import divergence
-    from harness.report import model_identity
 
     args = subject.args
     dense = checkpoint.resolve(args.divergence_from)
     windows, text = subject.windows(dataset)
 
     def measure():
+        from harness.perplexity import model_logits
+
         if args.block_by_block:
-            streams = [subject.stream(folder, windows) for folder in (dense, subject.folder)]
-            result = divergence.compare_logits(*streams, windows=len(windows))
+            asked = partial(subject.stream, dense)
+            chosen, text = subject.with_bos(dataset, windows, asked)
+            streams = [subject.stream(folder, chosen) for folder in (dense, subject.folder)]
+            result = divergence.compare_logits(*streams, windows=len(chosen))
         else:
             teacher = subject.load(dense)
-            result = divergence.compare_models(
-                teacher, subject.model, windows, args.batch_size or 1
-            )
-        how = {"samples": f"{len(windows)} windows", "protocol": f"per token, {text}"}
+            chosen, text = subject.with_bos(dataset, windows, partial(model_logits, teacher))
+            result = divergence.compare_models(teacher, subject.model, chosen, args.batch_size or 1)
+        how = {"samples": f"{len(chosen)} windows", "protocol": f"per token, {text}"}
         name = short(args.divergence_from)
         low, high = {"better": "lower", **how}, {"better": "higher", **how}
         rows = [
@@ -318,12 +349,16 @@ def divergence_step(subject: Subject, dataset: str) -> Step:
         return rows, asdict(result)
 
     settings = {**subject.numerics, "text": text, "windows": len(windows)}
-    settings["dense"] = model_identity(dense)
+    settings |= {
+        "tokens": hashes.tokens_hash(windows), "bos": args.bos, "dense": hashes.of_model(dense),
+    }  # fmt: skip
     plan = f"{len(windows)} windows of {subject.seqlen} tokens against {args.divergence_from}"
     return Step("divergence", settings, plan, measure, 2 * windows.numel())
 
 
 def speed_step(subject: Subject) -> Step:
+    import torch
+
     from harness import speed
 
     args = subject.args
@@ -377,7 +412,10 @@ def speed_step(subject: Subject) -> Step:
         "engine": args.engine,
         "device": subject.device,
         "batch_size": batch,
+        "prompt": prompt,
+        "new": new,
         "seed": args.seed,
+        "machine": [platform.node(), platform.machine(), os.cpu_count(), torch.get_num_threads()],
     }
     plan = f"{args.engine}, prompt {prompt}, {new} new tokens, batch {batch}"
     return Step("speed", settings, plan, measure)

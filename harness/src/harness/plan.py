@@ -100,9 +100,11 @@ def print_plan(
     for first, last, shapes, others in _same_blocks(decoder):
         weights = sum(o * i for o, i in shapes.values())
         hidden = tokens * decoder.config.get_text_config().hidden_size * item
-        largest = max(o * i for o, i in shapes.values())
+        largest = max((o * i for o, i in shapes.values()), default=0)
         work, exact_work, more = (
-            cost(shapes, tokens, hidden, item) if tokens else (0, 0, OF_WEIGHTS * largest)
+            cost(shapes, tokens, hidden, item)
+            if tokens and shapes
+            else (0, 0, OF_WEIGHTS * largest)
         )
         # The result waits for the disk while the block's own weights are there.
         memory = begun + (weights + others) * (item + stored) + more

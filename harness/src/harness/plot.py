@@ -5,7 +5,8 @@ from pathlib import Path
 
 from harness.card import REPACKED
 from harness.errors import UserError
-from harness.report import rows_of, write_atomically
+from harness.publish import write
+from harness.report import rows_of
 
 SIZE = "MB"
 COLOURS = (
@@ -105,7 +106,7 @@ def plot(all_results: Sequence[dict], path: Path) -> None:
     ]
     handles.append(pyplot.Line2D([], [], color="#9aa5b1", label="frontier"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    write_atomically(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
+    write(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
     pyplot.close(figure)
 
 

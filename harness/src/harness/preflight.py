@@ -6,7 +6,7 @@ from harness import formats
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.grid import Grid, check_group_size
-from harness.stages import get_matrix, linears
+from harness.stages import IGNORED, get_matrix, linears
 
 
 def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
@@ -24,6 +24,11 @@ def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
             columns[name] = shape[1]
     check_group_size(columns, grid)
     formats.check(layout, grid, shapes)
+    if layout == "gptq" and any(hasattr(m, IGNORED) for m in decoder.blocks.modules()):
+        raise UserError(
+            "the gptq format has no place for the names of linears that stay dense; use "
+            "--format compressed-tensors with --ignore."
+        )
 
 
 def what_stays(decoder: Decoder) -> str:
@@ -31,7 +36,8 @@ def what_stays(decoder: Decoder) -> str:
     of experts keep most of their weights in such. "" where there are none."""
     kept, total = {}, 0
     for block in decoder.blocks:
-        inside = {f"{name}.weight" for name in linears(block)}
+        inside = {f"{n}.weight" for n, m in block.named_modules() if hasattr(m, IGNORED)}
+        inside |= {f"{name}.weight" for name in linears(block)}
         for name, parameter in block.named_parameters():
             total += parameter.numel()
             if parameter.ndim > 1 and name not in inside:

@@ -5,7 +5,9 @@ here knows is named in a line, so that nothing is passed over in silence. Whethe
 with it is packed.py's to tell.
 """
 
-from harness import bitmask, distributed
+from pathlib import Path
+
+from harness import bitmask, distributed, files
 from harness.errors import UserError
 from harness.grid import Grid
 
@@ -75,6 +77,13 @@ def of(config: dict, where) -> dict | None:
         fields = ", ".join(f"{key}: {value!r:.40}" for key, value in strange.items())
         distributed.say_once(f"{where}: quantization_config says {fields}, unknown here; ignored")
     return found
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the checkpoint in ``folder`` holds integers, of whatever library."""
+    path = folder / "config.json"
+    config = files.read_json(path).get("quantization_config")
+    return bool(config) and layout_of(of({"quantization_config": config}, path)) != "bitmask"
 
 
 def layout_of(config: dict | None) -> str:

@@ -1,25 +1,26 @@
 """Results: one JSON per model, Markdown tables of one or several, the model card's section.
 
-A results file holds where the numbers come from (model and its identity, recipe, command,
-versions, git commit) and `metrics`: key -> {"settings", "seconds", "rows", "details"}. A row is one
-line of the table: {"label", "value", "digits", "better": "lower" | "higher" | None, "samples",
+A results file holds what was measured (the model, its identity, its recipe) and `metrics`: key ->
+{"settings", "seconds", "rows", "details"} and where its numbers come from (`provenance`). A row is
+one line of the table: {"label", "value", "digits", "better": "lower" | "higher" | None, "samples",
 "protocol", "main": whether `compare` makes it a column}.
 """
 
-import hashlib
 import json
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from harness import __version__
-from harness.errors import UserError
+from harness import __version__, card, hashes, publish
+from harness.errors import UserError, one_line
 
-SCHEMA = 1
+SCHEMA = 2
+READ = (1, 2)  # the first held one command for all metrics, and no hash of what was read
 VERSIONS = (
     "torch",
     "transformers",
@@ -57,23 +58,25 @@ def row(
     }
 
 
-def new_results(name: str, folder: Path, command: str) -> dict:
+def new_results(name: str, folder: Path) -> dict:
     """A results file without metrics yet, for the checkpoint in `folder`."""
-    recipe = folder / "recipe.yaml"
-    steps = []
-    if recipe.is_file():
-        import yaml
-
-        steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["steps"]
     return {
         "schema": SCHEMA,
-        "model": {"name": name, "identity": model_identity(folder)},
-        "recipe": steps,
+        "model": {"name": name, "identity": hashes.of_model(folder)},
+        "recipe": card.steps_of(folder),
+        "metrics": {},
+    }
+
+
+def provenance(command: str) -> dict:
+    """Where the numbers of a metric come from: the command, versions, machine and date of the run
+    that measured it, which a later one does not change."""
+    return {
         "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"harness": __version__, "python": platform.python_version(), **_versions()},
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
         "git": git_commit(),
-        "metrics": {},
     }
 
 
@@ -105,35 +108,10 @@ def git_commit() -> str | None:
         return None
 
 
-def model_identity(folder: Path) -> str:
-    """Hash of config and weight files: names, sizes, first and last megabyte of each."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read())
-    digest.update((folder / "config.json").read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a path beside `path`, then rename; the old file survives a failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def save(results: dict, path: Path) -> None:
     """Write a results file, atomically. Infinite values become the string "inf"."""
     text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    publish.write_text(path, text)
 
 
 def _finite(value):
@@ -152,11 +130,18 @@ def load(path: Path) -> dict:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         schema = results["schema"]
-        results["model"]["name"], results["metrics"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a results file of `harness eval` ({error})") from None
-    if schema != SCHEMA:
-        raise UserError(f"{path} has schema {schema}, this harness reads {SCHEMA}; evaluate again")
+        results["model"]["name"]
+        for metric in results["metrics"].values():
+            metric["settings"].items()
+            for line in metric["rows"]:
+                [line[key] for key in row("", 0.0, 0)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = one_line(error)
+        raise UserError(f"{path} is not a results file of `harness eval` ({reason})") from None
+    if schema not in READ:
+        raise UserError(
+            f"{path} has schema {schema}, this harness reads {READ[-1]}; evaluate again"
+        )
     return results
 
 
@@ -248,15 +233,18 @@ def update_card(folder: Path, results: dict) -> bool:
     if not ((folder / "recipe.yaml").is_file() and card.is_file()):
         return False
     text = card.read_text(encoding="utf-8")
-    made = results["versions"]["harness"]
+    metrics = results["metrics"].values()
+    made = {m["versions"]["harness"]: None for m in metrics if "versions" in m}
+    commands = {m["command"]: None for m in metrics if "command" in m}
     section = (
         f"{HEADING}\n\n{markdown(results)}\n\n"
-        f"Measured by llm-compression-harness {made} with `{results['command']}`"
+        f"Measured by llm-compression-harness {', '.join(made)} with "
+        + ", ".join(f"`{command}`" for command in commands)
         + f", {dtypes(results)}.\n".replace(", .", ".")
     )
     before, found, rest = text.partition(f"{HEADING}\n")
     after = rest.partition("\n## ")[2] if found else ""
     new = before.rstrip("\n") + "\n\n" + section + (f"\n## {after}" if after else "")
     if new != text:
-        write_atomically(card, lambda beside: beside.write_text(new, encoding="utf-8"))
+        publish.write_text(card, new)
     return True

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from harness import distributed, responses, writer
+from harness import distributed, files, publish, responses, writer
 from harness.errors import UserError
 
 
@@ -65,13 +65,13 @@ def write(
     """
     partial = out.with_name(out.name + ".partial")
     file = out.with_name(out.name + ".partial.json")
-    done = distributed.lead(lambda: _open(partial, file, run, resume))
+    done = distributed.lead(lambda: _open(out, partial, file, run, resume))
     if done:
         distributed.say(f"resuming: {len(done)} responses are there")
     rest = [group for group in groups if not done.issuperset(group)]
     if rest:
         mine = partial / f"rank-{distributed.rank()}.jsonl"
-        with _nothing_left(partial, file), mine.open("w") as lines:
+        with _nothing_left(out, partial, file), mine.open("w") as lines:
             ask = start()
             try:
                 for group, said in responses.respond(ask, prompts, seed, rest, "responses"):
@@ -90,13 +90,14 @@ def write(
 
 
 @contextmanager
-def _nothing_left(partial: Path, file: Path):
+def _nothing_left(out: Path, partial: Path, file: Path):
     """An error before the first response leaves nothing to go on from."""
     try:
         yield
     except BaseException:
         if distributed.rank() == 0 and not _rows(partial):
             _forget(partial, file)
+            publish.release(out)
         raise
 
 
@@ -129,18 +130,19 @@ def _rows(partial: Path) -> dict[int, Said]:
     return found
 
 
-def _open(partial: Path, file: Path, run: dict, resume: bool) -> set[int]:
+def _open(out: Path, partial: Path, file: Path, run: dict, resume: bool) -> set[int]:
     """Make or take up the folder; which responses are there."""
+    publish.hold(out)
     rows = _rows(partial) if resume and file.is_file() else {}
     if rows:
-        writer.refuse_other_run(partial, json.loads(file.read_text()), run)
+        writer.refuse_other_run(partial, files.read_json(file), run)
     # One file of what all ranks had: the next run may have other ranks.
     kept = partial / "kept.jsonl"
     partial.mkdir(parents=True, exist_ok=True)
-    writer.write_text(kept, "".join(json.dumps([i, *said]) + "\n" for i, said in rows.items()))
+    publish.write_text(kept, "".join(json.dumps([i, *said]) + "\n" for i, said in rows.items()))
     for path in partial.glob("rank-*.jsonl"):
         path.unlink()
-    writer.write_text(file, json.dumps(run, indent=1))
+    publish.write_text(file, json.dumps(run, indent=1))
     return set(rows)
 
 
@@ -148,6 +150,7 @@ def _finish(partial: Path, file: Path, count: int, row, out: Path) -> list[Said]
     found = _rows(partial)
     said = [found[index] for index in range(count)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    writer.write_text(out, "".join(json.dumps(row(i, s)) + "\n" for i, s in enumerate(said)))
+    publish.write_text(out, "".join(json.dumps(row(i, s)) + "\n" for i, s in enumerate(said)))
     _forget(partial, file)
+    publish.release(out)
     return said

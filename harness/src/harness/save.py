@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from harness import card, readers, writer
+from harness import card, checkpoint, names, publish, readers, writer
+from harness.macs import skeleton
+from harness.tensors import Weights
 
 LOG = "compression_log.json"
 
@@ -48,14 +50,11 @@ def save_model(
     Raises:
         UserError: ``out`` is in the way, or the disk is full.
     """
-    writer.check_out(out, overwrite)
+    writer.begin(out, overwrite)
     staging = staging or out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    try:
-        model.save_pretrained(staging, max_shard_size="5GB")
-    except Exception as error:
-        raise writer.disk_error(staging, error) from error
+    _save_weights(model, source, staging)
     for path in staging.glob("*.safetensors"):
         path.chmod(writer.file_mode())
     writer.copy_side_files(source, staging)
@@ -70,7 +69,7 @@ def save_model(
         LOG: json.dumps({**step, **(log or {})}, indent=1) + "\n",
     }
     for name, text in texts.items():
-        writer.write_text(staging / name, text)
+        publish.write_text(staging / name, text)
     for name, (tensors, metadata) in (side or {}).items():
         _write_index(staging)
         writer.save_tensors(staging / name, tensors, metadata)
@@ -79,7 +78,27 @@ def save_model(
             shutil.copytree(folder, staging / folder.name)
     replaced = writer.put_in_place(staging, out, overwrite)
     shutil.rmtree(replaced, ignore_errors=True)
+    publish.release(out)
     return out
+
+
+def _save_weights(model, source: Path, staging: Path) -> None:
+    """The model's tensors, and those of ``source`` that it has no place for; what else transformers
+    writes is replaced by the source's own files."""
+    from transformers import GenerationConfig
+
+    found = Weights(source)
+    extra = names.match(skeleton(checkpoint.load_config(source)), found).extra
+    state = model.state_dict() | {n: found.read(n) for n in extra} if extra else None
+    # It refuses to save settings that it has loaded, those of Llama 2's chat models among them.
+    own, model.generation_config = getattr(model, "generation_config", None), GenerationConfig()
+    try:
+        model.save_pretrained(staging, max_shard_size="5GB", state_dict=state)
+    except Exception as error:
+        raise publish.disk_error(staging, error) from error
+    finally:
+        model.generation_config = own
+    (staging / "generation_config.json").unlink(missing_ok=True)
 
 
 def _write_index(folder: Path) -> None:
@@ -91,4 +110,4 @@ def _write_index(folder: Path) -> None:
     with safe_open(single, framework="pt") as file:
         names = dict.fromkeys(sorted(file.keys()), single.name)
     total = {"total_size": writer.tensor_bytes(single)}
-    writer.write_text(index, json.dumps({"metadata": total, "weight_map": names}, indent=1))
+    publish.write_text(index, json.dumps({"metadata": total, "weight_map": names}, indent=1))

@@ -8,14 +8,18 @@ a group of sequences has in common at the start is run once, its keys and values
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from harness import distributed
 from harness.progress import track
 
 # Below this many tokens a shared start is not worth a forward of its own.
 SHORTEST_SHARED = 16
+# Model -> whether its cache can be shared.
+_shares: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def encode(tokenizer, text: str, special: bool = True) -> list[int]:
@@ -57,24 +61,59 @@ def position_logits(
     current, cache = None, None
     for number, batch in track(batches, label):
         if number != current:
-            current = number
-            cache = _run_start(model, sequences[batch[0]][: shared[number]], keep)
-        start = shared[number] if cache is not None else 0
-        ids = torch.zeros(len(batch), len(sequences[batch[0]]) - start, dtype=torch.long)
-        for line, index in enumerate(batch):
-            ids[line, : len(sequences[index]) - start] = torch.tensor(sequences[index][start:])
-        wanted = sorted({p - start for index in batch for p in positions[index]})
-        extra = {"logits_to_keep": torch.tensor(wanted, device=model.device)} if keep else {}
-        if cache is not None:
-            extra["past_key_values"] = copy.deepcopy(cache)
-            extra["past_key_values"].batch_repeat_interleave(len(batch))
-        with torch.no_grad():
-            logits = model(
-                input_ids=ids.to(model.device), use_cache=cache is not None, **extra
-            ).logits
-        column = {p: i for i, p in enumerate(wanted)} if keep else {p: p for p in wanted}
-        for line, index in enumerate(batch):
-            yield index, logits[line, [column[p - start] for p in positions[index]]].float()
+            current, start = number, shared[number]
+            cache = None
+            if start and _can_share(model, sequences, positions, batch[:2], start, keep):
+                cache = _run_start(model, sequences[batch[0]][:start], keep)
+        yield from _logits(model, sequences, positions, batch, start, cache, keep)
+
+
+def _logits(model, sequences, positions, batch, start, cache, keep) -> Iterator[tuple[int, Tensor]]:
+    """(index, logits) of one batch, its first ``start`` tokens from ``cache`` if that is given."""
+    start = start if cache is not None else 0
+    longest = max(len(sequences[index]) for index in batch)
+    ids = torch.zeros(len(batch), longest - start, dtype=torch.long)
+    for line, index in enumerate(batch):
+        ids[line, : len(sequences[index]) - start] = torch.tensor(sequences[index][start:])
+    wanted = sorted({p - start for index in batch for p in positions[index]})
+    extra = {"logits_to_keep": torch.tensor(wanted, device=model.device)} if keep else {}
+    if cache is not None:
+        extra["past_key_values"] = copy.deepcopy(cache)
+        extra["past_key_values"].batch_repeat_interleave(len(batch))
+    with torch.no_grad():
+        logits = model(input_ids=ids.to(model.device), use_cache=cache is not None, **extra).logits
+    column = {p: i for i, p in enumerate(wanted)} if keep else {p: p for p in wanted}
+    for line, index in enumerate(batch):
+        yield index, logits[line, [column[p - start] for p in positions[index]]].float()
+
+
+def _can_share(model, sequences, positions, batch, start: int, keep: bool) -> bool:
+    """Whether two sequences get the same logits from a shared start as from their own: tried once
+    per model. Caches that hold recurrent states (Mamba's, LFM2's) are not made to be repeated."""
+    if model not in _shares:
+        both = (model, sequences, positions, batch)
+        try:
+            cache = _run_start(model, sequences[batch[0]][:start], keep)
+            alone = dict(_logits(*both, 0, None, keep))
+            shared = dict(_logits(*both, start, cache, keep)) if cache is not None else {}
+            near = (_near(alone[index], shared[index], model.dtype) for index in alone)
+            _shares[model] = bool(shared) and all(near)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # the family's own code, given a cache that was repeated
+            _shares[model] = False
+        if not _shares[model]:
+            distributed.say(
+                f"{type(model).__name__} cannot take up another's cache: every question is scored "
+                "from its start (slower, same result)"
+            )
+    return _shares[model]
+
+
+def _near(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for the order of sums in ``dtype``."""
+    share = 1e-4 if dtype == torch.float32 else 0.02
+    return bool((one - other).abs().max() <= share * one.abs().max().clamp_min(1e-6))
 
 
 def shared_start(
@@ -96,10 +135,8 @@ def shared_start(
 
 
 def _run_start(model, tokens: list[int], keep: bool):
-    """Keys and values of a shared start; None where there is none or the model's cache cannot be
-    handed to several sequences (recurrent states)."""
-    if not tokens:
-        return None
+    """Keys and values of a shared start; None where the model gives no cache that can be handed to
+    several sequences."""
     with torch.no_grad():
         ids = torch.tensor([tokens], device=model.device)
         # The logits are not wanted: one position is the least that can be asked for.

@@ -70,7 +70,7 @@ def compress(
         distributed.say(stays)
     if windows is not None:
         _check_windows(decoder, windows)
-    conv1d = any(isinstance(m, Conv1D) for m in linears(decoder.blocks[0]).values())
+    conv1d = any(isinstance(m, Conv1D) for m in decoder.blocks.modules())
     quantization = None
     if method.layout != "dense":
         quantization = quantconfig.describe(method.grid, method.layout, method.actorder, [])

@@ -12,15 +12,18 @@ restarting the block for every stage would run it up to four times. Each forward
 """
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 
+# What marks a linear that the user wants left alone.
+IGNORED = "harness_ignored"
 # Inputs [2, 2], weight [3, 2] and bias [3] of a product that no routing leaves as it is.
 SMALL = ([[1.0, 2.0], [3.0, -4.0]], [[0.5, -1.0], [2.0, 0.25], [-3.0, 1.0]], [0.1, -0.2, 0.3])
 
@@ -33,6 +36,8 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is nn.Linear or Conv1D, or of a subclass that computes the same (Falcon's,
     which routers, with their choice of experts, do not)."""
+    if getattr(module, IGNORED, False):
+        return False
     if type(module) in (nn.Linear, Conv1D):
         return True
     return isinstance(module, nn.Linear) and _computes_a_product(type(module))
@@ -51,6 +56,48 @@ def _computes_a_product(kind: type[nn.Linear]) -> bool:
         return isinstance(found, torch.Tensor) and torch.allclose(found, x @ weight.T + bias)
     except Exception:  # it asks for more than those
         return False
+
+
+def ignore(prefix: str, blocks: nn.ModuleList, patterns: Sequence[str]) -> list[str]:
+    """Leave linears of ``blocks``, whose list is called ``prefix``, out of all that
+    :func:`linears` tells from now on; returns their full names.
+
+    A pattern is a full name, its last parts ("dt_proj", "mlp.down_proj"), or "re:" and a regular
+    expression that matches from the full name's beginning, as in compressed-tensors' ``ignore``.
+
+    Raises:
+        UserError: a pattern meets no linear, or is no regular expression.
+    """
+    every = {
+        f"{prefix}.{index}.{name}": module
+        for index, block in enumerate(blocks)
+        for name, module in linears(block).items()
+    }
+    left_out = set()
+    for pattern in patterns:
+        try:
+            met = [name for name in every if _meets(pattern, name)]
+        except re.error as error:
+            raise UserError(f"--ignore {pattern}: no regular expression ({error}).") from error
+        if not met:
+            words = {w for n in every for w in (n, n.split(".", prefix.count(".") + 2)[-1])}
+            words |= {name.rpartition(".")[2] for name in every}
+            raise UserError(
+                f"--ignore {pattern}: no linear of the blocks is called so."
+                + nearest(pattern, words)
+            )
+        left_out.update(met)
+    if len(left_out) == len(every) and every:
+        raise UserError("--ignore leaves no linear to work on.")
+    for name in left_out:
+        setattr(every[name], IGNORED, True)
+    return sorted(left_out)
+
+
+def _meets(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern or name.endswith(f".{pattern}")
 
 
 def turn(module: nn.Module, matrix: torch.Tensor) -> torch.Tensor:

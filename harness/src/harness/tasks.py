@@ -22,6 +22,11 @@ def _import_lm_eval():
     return lm_eval
 
 
+def version() -> str:
+    """Of lm-evaluation-harness, whose tasks name their data."""
+    return _import_lm_eval().__version__
+
+
 def task_folders(tasks: Sequence[str], root: Path) -> list[Path]:
     """The folders directly under lm-eval's task folder `root` that define `tasks`.
 

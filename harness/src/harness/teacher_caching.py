@@ -12,7 +12,17 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from harness import batching, card, distributed, example_sets, files, teacher_cache, writer
+from harness import (
+    batching,
+    card,
+    distributed,
+    example_sets,
+    files,
+    hashes,
+    publish,
+    teacher_cache,
+    writer,
+)
 from harness.errors import UserError
 from harness.progress import track
 from harness.validation import inputs_of
@@ -20,7 +30,7 @@ from harness.validation import inputs_of
 
 def check(out: Path, overwrite: bool, batch: int) -> None:
     """Raise :class:`UserError` unless ``out`` may be made, ``batch`` examples at a time."""
-    files.check_place(out)
+    publish.check_place(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
     if out.exists() and not (out / teacher_cache.NOTE).is_file():
@@ -69,7 +79,7 @@ def cache(
     if dry_run:
         print(f"{len(edges) - 1} shards -> {out}")
         return None
-    teacher_files = writer.model_files(source)
+    teacher_files = hashes.model_files(source)
     note = {
         "teacher": teacher, "teacher_files": teacher_files, "command": card.command_line(),
         "data": data, "top_k": top_k, "vocabulary": vocabulary, "labels": labels,
@@ -80,7 +90,7 @@ def cache(
     identity["settings"] = settings
     partial = out.with_name(out.name + ".partial")
     file = out.with_name(out.name + ".partial.json")
-    distributed.lead(lambda: _open(partial, file, identity, resume))
+    distributed.lead(lambda: _open(out, partial, file, identity, resume))
     shards = list(enumerate(teacher_cache.shard_ranges(edges)))
     rest = [s for s in shards if not (partial / teacher_cache.shard_name(s[0])).is_file()]
     if len(rest) < len(shards):
@@ -133,15 +143,19 @@ def probabilities(
     }
 
 
-def _open(partial: Path, file: Path, identity: dict, resume: bool) -> None:
+def _open(out: Path, partial: Path, file: Path, identity: dict, resume: bool) -> None:
+    publish.hold(out)
     if resume and file.is_file() and any(partial.glob("shard-*")):
-        writer.refuse_other_run(partial, json.loads(file.read_text()), identity)
+        writer.refuse_other_run(partial, files.read_json(file), identity)
     else:
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
     for path in partial.glob("*.tmp"):
         path.unlink()
-    writer.write_text(file, json.dumps(identity, indent=1))
+    for path in partial.glob("shard-*"):
+        if not writer.is_whole(path):
+            path.unlink()
+    publish.write_text(file, json.dumps(identity, indent=1))
 
 
 def _finish(partial: Path, file: Path, out: Path, note: dict) -> dict:
@@ -150,8 +164,9 @@ def _finish(partial: Path, file: Path, out: Path, note: dict) -> dict:
         with safe_open(path, framework="pt") as shard:
             total += shard.get_tensor("log_tail").double().exp().sum().item()
     note["mean_tail"] = total / note["labels"]
-    writer.write_text(partial / teacher_cache.NOTE, json.dumps(note, indent=1) + "\n")
-    replaced = writer.swap(partial, out)
+    publish.write_text(partial / teacher_cache.NOTE, json.dumps(note, indent=1) + "\n")
+    replaced = publish.swap(partial, out)
     file.unlink()
     shutil.rmtree(replaced, ignore_errors=True)
+    publish.release(out)
     return note

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from harness import checkpoint, distributed, engine, precision, save, writer
+from harness import checkpoint, distributed, engine, files, masks, precision, publish, save, writer
 from harness.engine import Diverged, Training
 from harness.meter import Meter
 from harness.tensors import Weights
@@ -100,6 +100,7 @@ def train(
     stored = trained if stored is None else stored
     mode, dtype = model.training, Weights(source).dtype
     step_entry |= {"dtype": precision.record(next(model.parameters()).dtype, dtype)}
+    masks.keep(model)
     running = engine.start(model, training)
     progress = run.load(running)
     clock = time.perf_counter() - progress.seconds
@@ -215,13 +216,13 @@ class _Run:
         distributed.lead(lambda: self._open(ranks, overwrite, resume))
 
     def _open(self, identity: dict, overwrite: bool, resume: bool) -> None:
-        writer.check_out(self.out, overwrite)
+        writer.begin(self.out, overwrite)
         if resume and self.file.is_file() and (self.states / "state.json").is_file():
-            writer.refuse_other_run(self.partial, json.loads(self.file.read_text()), identity)
+            writer.refuse_other_run(self.partial, files.read_json(self.file), identity)
             return
         self.forget()
         self.states.mkdir(parents=True)
-        writer.write_text(self.file, json.dumps(identity, indent=1))
+        publish.write_text(self.file, json.dumps(identity, indent=1))
 
     def forget(self) -> None:
         self.file.unlink(missing_ok=True)
@@ -291,7 +292,7 @@ class _Run:
         path = self.out.with_name(f"{name}.safetensors")
         writer.save_tensors(path, tensors)
         text = json.dumps({"error": str(error), "step": step, "batches": rest}, indent=1)
-        writer.write_text(path.with_suffix(".json"), text)
+        publish.write_text(path.with_suffix(".json"), text)
         distributed.say(f"the batch is saved as {path}")
 
     def write(self, progress: Progress, finish, source: Path, step: dict, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from harness import data, files, instruct, stdlib
+from harness import data, files, stdlib
 from harness.errors import UserError
 
 Example = tuple[torch.Tensor, int]
@@ -20,8 +20,8 @@ def is_instructions(dataset: str) -> bool:
     if dataset in data.DATASETS or not Path(dataset).exists():
         return dataset in data.INSTRUCTIONS
     chosen, _ = files.select(Path(dataset), "train")
-    first = next((row for path in chosen for row in files.rows(path)), {})
-    return "text" not in first and instruct.example(first) is not None
+    first = next((names for path in chosen for _, names, _ in data.read(path)), None)
+    return first is not None and first.kind != "text"
 
 
 def load(
@@ -91,7 +91,7 @@ def _windows(ids: list[int], seqlen: int) -> list[Example]:
 def _text_ids(tokenizer, dataset: str, wanted: int | None, seed: int) -> list[int]:
     """Tokens of the train split; of c4 and pileval, of random documents, `wanted` at least."""
     if dataset not in ("c4", "pileval"):
-        return _encode(tokenizer, data.corpus_text(dataset, "train"))
+        return _encode(tokenizer, data.corpus_text(dataset, "train", tokenizer=tokenizer))
     documents = data.corpus_documents(dataset, "train")
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
@@ -106,7 +106,7 @@ def _text_ids(tokenizer, dataset: str, wanted: int | None, seed: int) -> list[in
 def _instructions(tokenizer, dataset, split, seqlen, train_on_inputs) -> list[Example]:
     """Prompt, response and end token, cut at `seqlen`; none of whose response nothing is left."""
     examples = []
-    for pair in data.instructions(dataset, split):
+    for pair in data.instructions(dataset, split, tokenizer):
         prompt = _encode(tokenizer, pair["prompt"])
         if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
             prompt.pop()

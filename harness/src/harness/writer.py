@@ -7,8 +7,6 @@ Tensors that are no part of the model wait in ``OUT.side.partial/``, a file per 
 one file of the result.
 """
 
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -20,59 +18,31 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from harness import __version__, bitmask, files, formats
+from harness import __version__, bitmask, files, formats, hashes, publish, weight_files
 from harness.errors import UserError
-from harness.tensors import Weights
 
 VERSIONS = ("torch", "transformers", "compressed-tensors")
+# Of a checkpoint's files those that go with every model made of it, by pattern; and by the
+# beginning of the name in any case.
 SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+    "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "*.jinja", "special_tokens_map.json", "added_tokens.json", "normalizer.json",
+    "chat_template*.json", "*processor_config.json", "*.py",
+)  # fmt: skip
+LEGAL = ("licen", "notice", "copying", "use_policy")
+SIDE_FOLDERS = ("additional_chat_templates",)
 
 
 def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> dict:
     """What a resumed run must have in common with the interrupted one: model files, calibration
     tokens by hash, settings and library versions."""
-    data = "none" if windows is None else _sha(windows.contiguous().numpy().tobytes())
+    data = "none" if windows is None else hashes.tokens_hash(windows)
     return {
         "settings": settings,
-        "model": model_files(folder),
+        "model": hashes.model_files(folder),
         "calibration": data,
         "versions": {name: version(name) for name in VERSIONS} | {"harness": __version__},
     }
-
-
-def model_files(folder: Path) -> dict[str, str]:
-    """Weight files and config.json by name: size and a hash of 4 MiB from all over the file, which
-    a fine-tune of a few layers changes too (whole files of a large model take minutes to hash)."""
-    names = sorted([*Weights(folder).files(), "config.json"])
-    return {name: _sample_hash(folder / name) for name in names}
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def file_hash(path: Path) -> str:
-    """Of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _sample_hash(path: Path, pieces: int = 256, part: int = 2**14) -> str:
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        for number in range(pieces):
-            file.seek(max(0, size - part) * number // (pieces - 1))
-            digest.update(file.read(part))
-    return f"{size}:{digest.hexdigest()[:16]}"
 
 
 class Writer:
@@ -81,8 +51,8 @@ class Writer:
     Args:
         out: the folder to make. An existing one is an error without ``overwrite``.
         blocks: how many decoder blocks there will be.
-        identity: :func:`fingerprint` of this run.
-        resume: go on from shards of a killed run with the same identity.
+        run: :func:`fingerprint` of this one.
+        resume: go on from shards of a killed run with the same fingerprint.
         lead: False on ranks that only read what rank 0 writes.
     """
 
@@ -90,7 +60,7 @@ class Writer:
         self,
         out: Path,
         blocks: int,
-        identity: dict,
+        run: dict,
         *,
         overwrite: bool = False,
         resume: bool = True,
@@ -105,14 +75,14 @@ class Writer:
         self.lead = lead
         if not lead:
             return
-        check_out(self.out, overwrite)
-        self.state = json.loads(json.dumps(identity)) | {"log": []}
+        begin(self.out, overwrite)
+        self.state = json.loads(json.dumps(run)) | {"log": []}
         if not resume:
             self._forget()
-        if self.identity_file.is_file() and any(self.partial.glob("model-*.safetensors")):
-            before = self._read_state()
+        before = self._read_state() if any(self.partial.glob("model-*.safetensors")) else None
+        if before:
             begun = {part: value for part, value in before.items() if part != "log"}
-            refuse_other_run(self.partial, begun, identity)
+            refuse_other_run(self.partial, begun, run)
             self.state = before
         else:
             self._forget()
@@ -138,13 +108,18 @@ class Writer:
         except BaseException:
             if self.lead and not self.finished:
                 self._forget()
+                publish.release(self.out)
             raise
 
-    def _read_state(self) -> dict:
-        return json.loads(self.identity_file.read_text())
+    def _read_state(self) -> dict | None:
+        """What is known of the run that began; None where that is lost."""
+        try:
+            return files.read_json(self.identity_file)
+        except UserError:
+            return None
 
     def _write_state(self) -> None:
-        write_text(self.identity_file, json.dumps(self.state, indent=1))
+        publish.write_text(self.identity_file, json.dumps(self.state, indent=1))
 
     def shard(self, index: int) -> Path:
         """File of shard ``index``: 0 is what lies outside the blocks, 1 + i is block i."""
@@ -153,8 +128,8 @@ class Writer:
     @property
     def finished(self) -> int:
         """How many blocks, counted from the first, are on disk."""
-        done = (i for i in range(self.blocks) if not self.shard(1 + i).is_file())
-        return next(done, self.blocks)
+        undone = (i for i in range(self.blocks) if not is_whole(self.shard(1 + i)))
+        return next(undone, self.blocks)
 
     def write_block(
         self,
@@ -206,10 +181,12 @@ class Writer:
                 weight_map.update(dict.fromkeys(file.keys(), path.name))
             total += tensor_bytes(path)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(self.partial / "model.safetensors.index.json", json.dumps(index, indent=1))
-        write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
+        publish.write_text(
+            self.partial / "model.safetensors.index.json", json.dumps(index, indent=1)
+        )
+        publish.write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
         for name, text in texts.items():
-            write_text(self.partial / name, text)
+            publish.write_text(self.partial / name, text)
         if side:
             name, note = side
             parts = (self._side_part(index) for index in range(self.blocks))
@@ -219,7 +196,16 @@ class Writer:
         self.identity_file.unlink(missing_ok=True)
         shutil.rmtree(self.side_folder, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+        publish.release(self.out)
         return self.out
+
+
+def is_whole(shard: Path) -> bool:
+    """Whether a file is there with all of its bytes: a loss of power can leave a name without."""
+    try:
+        return shard.is_file() and bool(weight_files.header(shard))
+    except UserError:
+        return False
 
 
 def refuse_other_run(partial: Path, old: dict, new: dict) -> None:
@@ -247,23 +233,26 @@ def put_in_place(made: Path, out: Path, overwrite: bool) -> Path:
     any, waits to be deleted."""
     if out.exists():
         check_out(out, overwrite)
-    return swap(made, out)
+    return publish.swap(made, out)
 
 
-def swap(made: Path, out: Path) -> Path:
-    """The renames of :func:`put_in_place`, for any folder: a kill leaves the old or the new one
-    whole."""
-    replaced = out.with_name(out.name + ".partial.replaced")
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(out, replaced)
-    os.replace(made, out)
-    return replaced
+def begin(out: Path, overwrite: bool) -> None:
+    """Hold ``out`` for a run that may make it.
+
+    Raises:
+        UserError: another run holds it, or see :func:`check_out`.
+    """
+    publish.hold(out)
+    try:
+        check_out(out, overwrite)
+    except BaseException:
+        publish.release(out)
+        raise
 
 
 def check_out(out: Path, overwrite: bool) -> None:
     """Raise :class:`UserError` unless ``out`` may be made: not there, or ours to replace."""
-    files.check_place(out)
+    publish.check_place(out)
     if not out.exists():
         return
     if not overwrite:
@@ -283,9 +272,11 @@ def _sweep(out: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Tokenizer and generation settings, byte for byte."""
+    """Tokenizer, processors, templates, generation settings and licence, byte for byte."""
     for path in _side_files(source):
-        shutil.copyfile(path, target / path.name)
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        publish.copy(path, copied)
 
 
 def side_bytes(source: Path) -> int:
@@ -293,19 +284,12 @@ def side_bytes(source: Path) -> int:
     return sum(path.stat().st_size for path in _side_files(source))
 
 
-def _side_files(source: Path) -> set[Path]:
-    return {path for pattern in SIDE_FILES for path in source.glob(pattern)}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
+def _side_files(source: Path) -> list[Path]:
+    found = {path for pattern in SIDE_FILES for path in source.glob(pattern)}
+    found |= {path for path in source.iterdir() if path.name.lower().startswith(LEGAL)}
+    found |= {path for folder in SIDE_FOLDERS for path in (source / folder).glob("*")}
+    names = sorted(p.relative_to(source).as_posix() for p in found if not p.is_dir())
+    return [files.regular(source, name) for name in names]
 
 
 def save_tensors(
@@ -313,15 +297,13 @@ def save_tensors(
 ) -> None:
     """One safetensors file, written beside and renamed. ``metadata``: one entry, because the
     library writes two in an order of its own choice."""
-    beside = path.with_name(path.name + ".tmp")
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+
+    def make(beside: Path) -> None:
         save_file(ready, beside, metadata=metadata or {"format": "pt"})
         beside.chmod(file_mode())
-        os.replace(beside, path)
-    except Exception as error:
-        beside.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
+
+    publish.write(path, make)
 
 
 def file_mode() -> int:
@@ -330,17 +312,6 @@ def file_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
-
-
-def disk_error(path: Path, error: Exception) -> Exception:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in str(error) or "os error 28" in str(error):
-        free = shutil.disk_usage(path.parent).free / 1e6
-        return UserError(
-            f"the disk is full at {path.parent} ({free:.0f} MB free); free some space and repeat "
-            "the command, what is finished is kept."
-        )
-    return error
 
 
 def tensor_bytes(path: Path) -> int:

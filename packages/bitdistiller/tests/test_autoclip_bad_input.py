@@ -112,7 +112,7 @@ def test_damaged_weights(place, capsys):
     tensors[DOWN] = torch.zeros_like(tensors[DOWN], dtype=torch.int8)
     save_file(tensors, place / "model" / "model.safetensors", metadata={"format": "pt"})
     line = runs.refused(capsys, main, "model", "text.txt", *QUICK, "--no-resume")
-    assert f"{DOWN} holds torch.int8, and config.json tells no quantization" in line
+    assert f"{DOWN} in model holds no floating values" in line
 
 
 def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_range_with_one_end(place):
 
 
 def test_a_dump_that_cannot_be_written_is_said_when_all_else_is_done(place, capsys, monkeypatch):
-    monkeypatch.setattr("harness.files.check_place", lambda *words: None)
+    monkeypatch.setattr("harness.publish.check_place", lambda *words: None)
     words = ["model", "text.txt", *QUICK, "--dump_clip", "text.txt/it.safetensors", "--out", "out"]
     assert main(words) == 2
     line = capsys.readouterr().err.splitlines()[-1]

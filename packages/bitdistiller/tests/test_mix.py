@@ -66,7 +66,8 @@ def test_what_a_killed_mix_leaves_is_replaced_by_the_next(place, monkeypatch):
         patched.setattr("os.replace", killed)
         patched.setattr("pathlib.Path.unlink", lambda *some, **more: None)
         assert main(["ours.jsonl", "--out", "m.jsonl"]) == 130
-    assert sorted(place.iterdir()) == sorted([*before, place / "m.jsonl.tmp"])
+    left = [place / "m.jsonl.partial.lock", place / "m.jsonl.tmp"]
+    assert sorted(place.iterdir()) == sorted([*before, *left])
     assert main(["ours.jsonl", "--out", "m.jsonl"]) == 0
     assert sorted(place.iterdir()) == sorted([*before, place / "m.jsonl"])
 

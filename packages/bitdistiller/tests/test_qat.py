@@ -20,8 +20,8 @@ from harness import (
     engine,
     example_sets,
     perplexity,
+    publish,
     validation,
-    writer,
 )
 
 GRID = Grid(2, 16)
@@ -300,14 +300,14 @@ def test_a_dry_run_tells_the_disk_that_the_run_takes(place, tmp_path, monkeypatc
     run("--dry-run")
     told = float(re.search(r"while it runs ([\d.]+) MB", capsys.readouterr().out)[1])
     sizes = []
-    real = writer.write_text
+    real = publish.write_text
 
     def spy(path, text):
         found = (tmp_path / "out.partial").rglob("*")
         sizes.append(sum(p.stat().st_size for p in found if p.is_file()) / 1e6)
         real(path, text)
 
-    monkeypatch.setattr(writer, "write_text", spy)
+    monkeypatch.setattr(publish, "write_text", spy)
     run()
     assert 0.95 * told < max(sizes) < 1.05 * told
 

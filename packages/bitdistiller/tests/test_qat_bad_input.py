@@ -87,7 +87,7 @@ def test_models_that_are_no_teacher(place, capsys):
     folder = place / "packed"
     shutil.copytree(place / "model", folder)
     config = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     words = ["packed", "--data", "set.jsonl"]
     line = runs.refused(capsys, train.main, *words)

@@ -53,7 +53,7 @@ def nothing_made(place):
 WORDS = {
     "model path missing": (["no/such/folder", "text.txt"], "model folder no/such/folder not found"),
     "model unknown": (["tiny-lama", "text.txt"], "Did you mean 'tiny-llama'?"),
-    "model is a file": (["text.txt", "text.txt"], "expected a folder"),
+    "model is a file": (["text.txt", "text.txt"], "is a file; expected the folder"),
     "folder without config": ([".", "text.txt"], "holds no config.json"),
     "dataset misspelt": (["model", "wikitxt2"], "Did you mean 'wikitext2'?"),
     "dataset path missing": (["model", "no/such.txt"], "'no/such.txt' is neither a file"),

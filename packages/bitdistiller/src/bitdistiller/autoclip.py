@@ -84,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--run_clip", "--run-clip", action="store_true", help="the original's; always done here"
     )
+    cli.add_ignore(how)
+    cli.add_bos(how)
     cli.add_shared_flags(p)
     return p
 
@@ -107,7 +109,8 @@ def _run(args: argparse.Namespace) -> None:
             args.model, _dataset(args), out=out, w_bit=args.w_bit, q_group_size=args.q_group_size,
             quant_type=args.quant_type, n_samples=args.n_samples, seqlen=args.seqlen,
             dump_clip=args.dump_clip, format=args.format, device=args.device, dtype=args.dtype,
-            seed=args.seed, overwrite=args.overwrite, resume=args.resume, dry_run=args.dry_run,
+            seed=args.seed, ignore=args.ignore, bos=args.bos,
+            overwrite=args.overwrite, resume=args.resume, dry_run=args.dry_run,
             command=card.command_line(),
         )  # fmt: skip
         lead = distributed.rank() == 0

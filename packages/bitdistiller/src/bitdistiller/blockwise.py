@@ -86,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         help="the same of the weights (default 2e-5 at 2 bits, else 1e-5)",
     )  # fmt: skip
+    cli.add_ignore(how)
+    cli.add_bos(how)
     cli.add_shared_flags(p)
     return p
 
@@ -107,8 +109,8 @@ def _run(args: argparse.Namespace) -> None:
         clip=args.clip, nsamples=args.nsamples, val_size=args.val_size, seqlen=args.seqlen,
         batch_size=args.batch_size, epochs=args.epochs, quant_lr=args.quant_lr,
         weight_lr=args.weight_lr, device=args.device, dtype=args.dtype, seed=args.seed,
-        overwrite=args.overwrite, resume=args.resume, dry_run=args.dry_run,
-        command=card.command_line(),
+        ignore=args.ignore, bos=args.bos, overwrite=args.overwrite, resume=args.resume,
+        dry_run=args.dry_run, command=card.command_line(),
     )  # fmt: skip
     if args.dry_run:
         return

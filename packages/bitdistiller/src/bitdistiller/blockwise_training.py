@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.grid import Grid
-from harness.perplexity import window_length
 from harness.plan import activation_bytes, print_plan
 from harness.progress import time_left, track
 from harness.stages import linears
@@ -31,7 +31,7 @@ from torch import nn
 from bitdistiller import clips, result, student
 from bitdistiller.clipping import open_decoder
 from bitdistiller.quantizer import FakeQuantLinear
-from harness import checkpoint, data, memory, preflight, sequential, writer
+from harness import calibration, checkpoint, hashes, masks, memory, preflight, sequential, writer
 
 LOWEST_RATE = 1 / 20  # of the first one, at the end of the cosine
 STEP = 1.25  # time of a training step with fake quantization over that without, for --dry-run
@@ -73,6 +73,8 @@ def train_blocks(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    ignore: Sequence[str] = (),
+    bos: str = "auto",
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
@@ -108,6 +110,7 @@ def train_blocks(
     result.check_dense(folder)
     device = checkpoint.pick_device(device)
     decoder = open_decoder(model, folder, device, dtype)
+    decoder.ignore(ignore)
     preflight.check(decoder, grid, "dense", out)
     ranges = None if clip is None else clips.read(clip, folder, grid)
     student.check(decoder.model, grid, ranges=ranges, learn="all")
@@ -116,17 +119,18 @@ def train_blocks(
         "val_size": val_size, "batch_size": batch_size, "epochs": epochs, "quant_lr": quant_lr,
         "weight_lr": weight_lr,
     }  # fmt: skip
+    settings |= {"ignore": list(ignore)} if ignore else {}
     method = sequential.Method(
         "block-ap", settings, None, side_file=result.FILE,
         side_note={result.NOTE: result.note(grid)},
     )  # fmt: skip
     if not dry_run:
         writer.check_out(out, overwrite)
-    seqlen = window_length(decoder.config, seqlen)
-    windows = data.calibration(
-        checkpoint.load_tokenizer(folder), dataset, nsamples=nsamples + val_size, seqlen=seqlen,
-        seed=seed, held_out=val_size,
+    windows, calibrated = calibration.draw(
+        decoder, dataset, nsamples=nsamples + val_size, seqlen=seqlen, seed=seed,
+        bos="none" if dry_run else bos, held_out=val_size,
     )  # fmt: skip
+    seqlen = windows.shape[1]
     plan = Plan(grid, ranges, epochs, batch_size, quant_lr, weight_lr, val_size)
     if dry_run:
 
@@ -136,9 +140,8 @@ def train_blocks(
 
         print_plan(decoder, method, out, windows.numel(), partial(_cost, plan, seqlen), side)
         return []
-    calibration = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
     return sequential.compress(
-        decoder, method, out, base=model, windows=windows, calibration=calibration,
+        decoder, method, out, base=model, windows=windows, calibration=calibrated,
         command=command, overwrite=overwrite, resume=resume,
         block_pass=partial(BlockTraining, plan),
     )  # fmt: skip
@@ -156,7 +159,7 @@ def _cost(plan: Plan, seqlen: int, shapes, tokens, hidden, item) -> tuple[float,
 
 def _mark(clip: str | Path) -> str:
     """The clip file as the user named it, and a hash, so that a resumed run has the same one."""
-    return f"{clip} ({writer.file_hash(clips.locate(clip))})"
+    return f"{clip} ({hashes.file_hash(clips.locate(clip))})"
 
 
 class BlockTraining:
@@ -188,6 +191,7 @@ class BlockTraining:
         )  # fmt: skip
         for module in placed.values():
             _widen(module)
+            masks.keep(module)
         before = self._error(index)
         self._train(index, placed)
         after = self._error(index)

@@ -5,10 +5,9 @@ model gives it. Projections that make queries and keys keep their full range, as
 code: their errors meet in a product, and the output of the linear alone tells too little of it.
 """
 
-import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +24,13 @@ from harness.tensors import Weights
 from bitdistiller import clips, result
 from bitdistiller.clip_search import clamp, full_range, output_energy, search, work
 from harness import (
+    calibration,
     checkpoint,
-    data,
     distributed,
-    files,
     formats,
     precision,
     preflight,
+    publish,
     sequential,
     writer,
 )
@@ -56,6 +55,8 @@ def clip(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    ignore: Sequence[str] = (),
+    bos: str = "auto",
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
@@ -89,18 +90,25 @@ def clip(
     folder = checkpoint.resolve(model)
     result.check_dense(folder)
     decoder = open_decoder(model, folder, device, dtype)
+    decoder.ignore(ignore)
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
     if not dry_run:
         writer.check_out(Path(out), overwrite)
     if seqlen is None:
         seqlen = min(SEQLEN, window_length(decoder.config))
-    seqlen = window_length(decoder.config, seqlen)
-    tokenizer = checkpoint.load_tokenizer(folder)
-    windows = data.calibration(tokenizer, dataset, nsamples=n_samples, seqlen=seqlen, seed=seed)
+    windows, calibrated = calibration.draw(
+        decoder,
+        dataset,
+        nsamples=n_samples,
+        seqlen=seqlen,
+        seed=seed,
+        bos="none" if dry_run else bos,
+    )
     method = sequential.Method(
         "autoclip",
-        {"w_bit": grid.bits, "q_group_size": q_group_size, "quant_type": quant_type},
+        {"w_bit": grid.bits, "q_group_size": q_group_size, "quant_type": quant_type}
+        | ({"ignore": list(ignore)} if ignore else {}),
         _update(grid, decoder, formats.scale_dtype(format, decoder.stored_dtype)),
         lambda columns, device: GroupMoments(columns, device, grid),
         layout=format,
@@ -117,9 +125,8 @@ def clip(
 
         print_plan(decoder, method, out, windows.numel(), partial(_cost, grid), side)
         return []
-    calibration = {"dataset": dataset, "nsamples": n_samples, "seqlen": seqlen, "seed": seed}
     rows = sequential.compress(
-        decoder, method, Path(out), base=model, windows=windows, calibration=calibration,
+        decoder, method, Path(out), base=model, windows=windows, calibration=calibrated,
         command=command, overwrite=overwrite, resume=resume,
     )  # fmt: skip
     if dump_clip:
@@ -188,21 +195,17 @@ def _check_dump(path: str | Path | None, overwrite: bool) -> Path | None:
         raise UserError(f"--dump_clip {path}: expected a name that ends in .safetensors.")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --dump_clip, or replace it: --overwrite.")
-    files.check_place(path, "--dump_clip")
+    publish.check_place(path, "--dump_clip")
     return path
 
 
 def _copy(source: Path, target: Path) -> None:
-    beside = target.with_name(target.name + ".tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, beside)
-        os.replace(beside, target)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
+        publish.write(target, lambda beside: shutil.copyfile(source, beside))
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{source.parent} is complete, but {target} could not be written ({error.strerror}); "
+            f"{source.parent} is complete, but {target} could not be written ({reason}); "
             f"copy {source} there yourself."
         ) from error
 

@@ -14,7 +14,7 @@ from harness.grid import Grid
 from harness.normal_float import NormalFloat
 from safetensors import SafetensorError, safe_open
 
-from harness import writer
+from harness import hashes
 
 FILE = "clip.safetensors"
 NOTE = "bitdistiller"
@@ -23,7 +23,7 @@ FLAGS = {"quant_type": "--quant_type", "bits": "--w_bit", "group_size": "--q_gro
 
 def note(model_folder: Path, grid: Grid | NormalFloat) -> dict[str, str]:
     """The file's metadata."""
-    values = kind(grid) | {"model": writer.model_files(model_folder)}
+    values = kind(grid) | {"model": hashes.model_files(model_folder)}
     return {NOTE: json.dumps(values, sort_keys=True)}
 
 
@@ -74,7 +74,7 @@ def read(
                 f"{path} was searched for {key} {values.get(key)}, asked for is {wanted}; run "
                 f"python -m bitdistiller.autoclip with {FLAGS[key]} {wanted}."
             )
-    ours = writer.model_files(model_folder)
+    ours = hashes.model_files(model_folder)
     for name in sorted({*files, *ours}):
         if files.get(name) != ours.get(name):
             raise UserError(

@@ -39,7 +39,9 @@ def read(args, tokenizer, longest: int, part: str, alone: bool = False) -> Examp
         return example_sets.windows(
             tokenizer, dataset, length=longest, limit=limit, part=part, alone=alone
         )
-    found = example_sets.sample(example_sets.pairs(dataset, part, alone=alone), limit)
+    found = example_sets.sample(
+        example_sets.pairs(dataset, part, alone=alone, tokenizer=tokenizer), limit
+    )
     if not found and not alone:
         raise UserError(f"{dataset} is too small for a part that is held out; give --eval_data.")
     return example_sets.examples(

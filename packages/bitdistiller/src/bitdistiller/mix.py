@@ -11,7 +11,7 @@ from typing import NamedTuple
 from harness.errors import UserError
 
 from bitdistiller import lengths, prompts
-from harness import cli, files
+from harness import cli, files, publish
 
 EXAMPLES = """\
 examples:
@@ -91,9 +91,9 @@ def mix(args) -> str:
     fields = ({k: v for k, v in row._asdict().items() if v is not None} for row in kept)
     text = "".join(json.dumps(row) + "\n" for row in fields)
     out.parent.mkdir(parents=True, exist_ok=True)
-    from harness import writer  # torch, which nothing above needs
-
-    writer.write_text(out, text)
+    publish.hold(out)
+    publish.write_text(out, text)
+    publish.release(out)
     table = lengths.table(seen, "characters")
     return f"{table}\n{len(kept)} of {len(found)} rows written to {out}"
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from bitdistiller import clips
 from bitdistiller.quantizer import FakeQuantLinear
-from harness import checkpoint
+from harness import checkpoint, quantconfig
 
 FILE = "grid.safetensors"
 NOTE = clips.NOTE
@@ -33,7 +33,7 @@ def check_dense(model: Path) -> None:
     Raises:
         UserError: packed, or a result of training.
     """
-    if Weights(model).layout in ("compressed-tensors", "gptq"):
+    if quantconfig.is_packed(model):
         raise UserError(f"{model} is packed already; give the dense model that it was made from.")
     if (model / FILE).is_file():
         raise UserError(

@@ -20,6 +20,7 @@ from harness import (
     distributed,
     engine,
     example_sets,
+    hashes,
     hidden_loss,
     precision,
     preflight,
@@ -221,7 +222,7 @@ def _cache(args, source: Path, config, examples) -> teacher_cache.Cache | None:
         return None
     known = config.get_text_config().vocab_size
     stored = teacher_cache.Cache(args.teacher_cache, examples, known)
-    if stored.identity["teacher_files"] != writer.model_files(source):
+    if stored.identity["teacher_files"] != hashes.model_files(source):
         raise UserError(
             f"{args.teacher_cache} holds the probabilities of another model than {args.model}; "
             "make one of this model with python -m bitdistiller.cache_teacher."
@@ -288,11 +289,11 @@ def _identity(args, source: Path, training, dtype, examples, look_at, stored) ->
     # None too: a run without them is another run.
     identity |= dict.fromkeys(HASHED)
     if args.clip:
-        identity["clip"] = writer.file_hash(clips.locate(args.clip))
+        identity["clip"] = hashes.file_hash(clips.locate(args.clip))
     if args.start:
         folder = Path(args.start)
-        grids = {result.FILE: writer.file_hash(folder / result.FILE)}
-        identity["start"] = writer.model_files(folder) | grids
+        grids = {result.FILE: hashes.file_hash(folder / result.FILE)}
+        identity["start"] = hashes.model_files(folder) | grids
     if stored:
         identity["teacher_cache"] = stored.identity
     return identity

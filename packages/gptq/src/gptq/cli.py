@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
         "--nearest", action="store_true", help="plain round-to-nearest, the baseline; no data"
     )
     how.add_argument("--mse", action="store_true", help="search each range by its error")
+    cli.add_ignore(how)
+    cli.add_bos(how)
     after = p.add_argument_group("evaluation afterwards")
     after.add_argument(
         "--eval",
@@ -123,8 +125,8 @@ def _run(args: argparse.Namespace) -> None:
             act_order=args.act_order, true_sequential=args.true_sequential,
             static_groups=args.static_groups, nearest=args.nearest, mse=args.mse,
             format=args.format, device=args.device, dtype=args.dtype, seed=args.seed,
-            overwrite=args.overwrite, resume=args.resume, dry_run=args.dry_run,
-            command=card.command_line(),
+            ignore=args.ignore, bos=args.bos, overwrite=args.overwrite, resume=args.resume,
+            dry_run=args.dry_run, command=card.command_line(),
         )  # fmt: skip
         lead = distributed.rank() == 0
     if lead and not args.dry_run:

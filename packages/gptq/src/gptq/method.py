@@ -1,6 +1,7 @@
 """GPTQ on the harness's pass: one Hessian and one factorization per stage, its linears together."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,10 +9,18 @@ from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight, nearest
 from harness.hessian import Hessian, inverse_factor
-from harness.perplexity import window_length
 
 from gptq.solver import act_order, solve
-from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
+from harness import (
+    calibration,
+    checkpoint,
+    distributed,
+    formats,
+    masks,
+    preflight,
+    sequential,
+    writer,
+)
 
 ROWS_FOR_NORM = 256
 
@@ -36,6 +45,8 @@ def quantize(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    ignore: Sequence[str] = (),
+    bos: str = "auto",
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
@@ -55,6 +66,8 @@ def quantize(
             weight. true_sequential: stages of a block one after another.
         nearest: round to nearest instead (no calibration). mse: search ranges by |error|^2.4.
         format: "compressed-tensors", "gptq" or "dense".
+        ignore: linears that stay dense, see :func:`harness.stages.ignore`.
+        bos: at the head of the windows, see :func:`harness.calibration.draw`.
 
     Returns:
         One row per linear with its name and relative output error.
@@ -78,11 +91,13 @@ def quantize(
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
     decoder = Decoder(folder, device=device, dtype=dtype, name=model)
+    decoder.ignore(ignore)
     stored = decoder.stored_dtype
     dtypes = {"dtype": stored, "scale_dtype": formats.scale_dtype(format, stored)}
     settings = {
         "wbits": wbits, "groupsize": groupsize, "sym": sym, "mse": mse, "nearest": nearest,
     }  # fmt: skip
+    settings |= {"ignore": list(ignore)} if ignore else {}
     method = sequential.Method(
         "nearest" if nearest else "gptq", settings, None, layout=format, grid=grid
     )
@@ -90,7 +105,7 @@ def quantize(
     preflight.check(decoder, grid, format, Path(out))
     if not dry_run:
         writer.check_out(Path(out), overwrite)
-    windows = calibration = None
+    windows = calibrated = None
     if nearest:
         method.update = _nearest_update(grid, dtypes["scale_dtype"])
     else:
@@ -100,10 +115,14 @@ def quantize(
         }  # fmt: skip
         if dataset is None:
             raise UserError("no calibration dataset given; name one, or use --nearest.")
-        seqlen = window_length(decoder.config, seqlen)
-        calibration = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
-        tokenizer = checkpoint.load_tokenizer(folder)
-        windows = data.calibration(tokenizer, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)
+        windows, calibrated = calibration.draw(
+            decoder,
+            dataset,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            bos="none" if dry_run else bos,
+        )
         method.statistics = Hessian
         method.true_sequential = true_sequential
         method.actorder = act_order and (static_groups or not grouped)
@@ -114,7 +133,7 @@ def quantize(
         print_plan(decoder, method, out, 0 if windows is None else windows.numel())
         return []
     return sequential.compress(
-        decoder, method, Path(out), base=model, windows=windows, calibration=calibration,
+        decoder, method, Path(out), base=model, windows=windows, calibration=calibrated,
         command=command, overwrite=overwrite, resume=resume,
     )  # fmt: skip
 
@@ -136,6 +155,7 @@ def _gptq_update(grid, dtypes: dict[str, torch.dtype], percdamp, by_diagonal, st
         diagonal[dead] = 1
         order = act_order(diagonal) if by_diagonal else None
         weight = torch.cat(list(matrices.values()))
+        zeros = _zeros_of_pruned(matrices, where)
         weight[:, dead] = 0
         norms = _output_norms(weight, matrix)
         ordered = matrix if order is None else matrix[order][:, order]
@@ -154,6 +174,7 @@ def _gptq_update(grid, dtypes: dict[str, torch.dtype], percdamp, by_diagonal, st
         share = distributed.shares(len(weight))[distributed.rank()] if dealt else slice(None)
         result, loss = solve(
             weight[share], factor, grid, **dtypes, order=order, static_groups=static_groups,
+            zeros=None if zeros is None else zeros[share],
         )  # fmt: skip
         if dealt:
             result, loss = _gather(result, loss, len(weight))
@@ -169,16 +190,37 @@ def _gptq_update(grid, dtypes: dict[str, torch.dtype], percdamp, by_diagonal, st
     return update
 
 
-def _output_norms(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """E|w x|² of every row [O], from at most ROWS_FOR_NORM of them.
+def _zeros_of_pruned(matrices: dict[str, torch.Tensor], where: str) -> torch.Tensor | None:
+    """Where pruned matrices of a stage are zero, [O, I] as they are solved together; None where
+    none was pruned."""
+    found = {name: masks.of_pruned(matrix) for name, matrix in matrices.items()}
+    if all(zeros is None for zeros in found.values()):
+        return None
+    distributed.say_once("this model was pruned: its zeros stay zeros, and the other weights repay")
+    parts = (
+        torch.zeros_like(matrices[name], dtype=torch.bool) if zeros is None else zeros
+        for name, zeros in found.items()
+    )
+    return torch.cat(list(parts))
 
-    The exact norms would cost a product of O x I x I, as much as the solver; the mean over evenly
-    spaced rows is only the denominator of the error that is printed.
+
+def _output_norms(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """E|w x|² of every row [O], the denominator of the error that is printed.
+
+    Exact for the ROWS_FOR_NORM largest rows, because one outlier can hold most of the sum; of the
+    others as many are looked at, and the rest is taken to give as much for its |w|² as those. All
+    of them would cost a product of O x I x I, as much as the solver.
     """
-    step = -(-len(weight) // ROWS_FOR_NORM)
-    some = weight[::step]
-    norms = ((some @ hessian) * some).sum(dim=1)
-    return norms.repeat_interleave(step)[: len(weight)]
+    sizes = weight.square().sum(dim=1)
+    largest = sizes.topk(min(ROWS_FOR_NORM, len(weight))).indices
+    some = torch.arange(0, len(weight), -(-len(weight) // ROWS_FOR_NORM), device=weight.device)
+    norms = sizes * (_exact_norms(weight[some], hessian).sum() / sizes[some].sum().clamp_min(1e-30))
+    norms[largest] = _exact_norms(weight[largest], hessian)
+    return norms
+
+
+def _exact_norms(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    return ((rows @ hessian) * rows).sum(dim=1)
 
 
 def _rows(result, rows: slice):

@@ -34,6 +34,7 @@ def solve(
     scale_dtype: torch.dtype | None = None,
     order: torch.Tensor | None = None,
     static_groups: bool = False,
+    zeros: torch.Tensor | None = None,
 ) -> tuple[QuantizedWeight | torch.Tensor, torch.Tensor]:
     """Quantize [O, I] so that its output error under H is small.
 
@@ -46,6 +47,9 @@ def solve(
         order: [I] permutation in which columns are rounded; None is left to right.
         static_groups: grids from the original weight, before anything is repaid, and groups made
             of neighbouring columns whatever the order.
+        zeros: [O, I] bool, weights that are zero and stay so: what the earlier columns would have
+            them pay is paid on by the later ones, as SparseGPT's mask has it (arXiv:2301.00774,
+            algorithm 1).
 
     Returns:
         The quantized weight (a dense tensor where groups follow ``order``: such groups fit no
@@ -65,10 +69,13 @@ def solve(
     group = torch.arange(columns, device=weight.device) // g
     if static and order is not None:
         group = group[order]
+    kept = None
+    if zeros is not None:
+        kept = (zeros if order is None else zeros[:, order]).T.contiguous()  # [I, O]
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     loss = weight.new_zeros(rows)
     groups = group.tolist()
-    column_loop = _pick_loop(weight)
+    column_loop = _pick_loop(weight, kept)
 
     edge = columns if static else g
     whole_groups = OUTER if edge > OUTER else edge * (OUTER // edge)
@@ -77,7 +84,10 @@ def solve(
         errors = torch.empty_like(work[start:end])
         for first, last in spans(start, end, inner, edge):
             if first % g == 0 and not static:
-                found = find_scale_zero(work[first : first + g].T, grid, scale_dtype)
+                values = work[first : first + g]
+                if kept is not None:
+                    values = values.masked_fill(kept[first : first + g], 0)
+                found = find_scale_zero(values.T, grid, scale_dtype)
                 scale[first // g], zero[first // g] = found
             same = groups[first] == groups[last - 1] and order is None
             pick = slice(groups[first], groups[first] + 1) if same else group[first:last]
@@ -85,6 +95,7 @@ def solve(
             column_loop(
                 work[first:last], factor[first:last, first:last], scale[pick], zero[pick],
                 grid.max_code, dtype, codes[first:last], errors_here,
+                *(() if kept is None else (kept[first:last],)),
             )  # fmt: skip
             if last < end:
                 work[last:end].addmm_(factor[first:last, last:end].T, errors_here, alpha=-1)
@@ -122,12 +133,13 @@ def spans(start: int, end: int, size: int, edge: int) -> Iterator[tuple[int, int
         start = stop
 
 
-def torch_loop(work, factor, scale, zero, max_code, dtype, codes, errors) -> None:
+def torch_loop(work, factor, scale, zero, max_code, dtype, codes, errors, kept=None) -> None:
     """Algorithm 1's inner loop over the columns of one block; fills ``codes`` and ``errors``.
 
     Shapes:
         work [B, O], modified; factor [B, B]; scale and zero [B, O] or [1, O];
-        codes [B, O] uint8; errors [B, O].
+        codes [B, O] uint8; errors [B, O]; kept [B, O] bool, where the value is zero whatever the
+        column has come to, or None.
     """
     shared = len(scale) == 1
     diagonal = factor.diagonal().tolist()
@@ -136,6 +148,8 @@ def torch_loop(work, factor, scale, zero, max_code, dtype, codes, errors) -> Non
         s, z = (scale[0], zero[0]) if shared else (scale[j], zero[j])
         column = work[j]
         code = round_to_codes(column, s, z, max_code)
+        if kept is not None:
+            code = torch.where(kept[j], z, code)
         codes[j] = code
         value = code.sub_(z).mul_(s)
         if not exact:
@@ -145,8 +159,8 @@ def torch_loop(work, factor, scale, zero, max_code, dtype, codes, errors) -> Non
             work[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
 
 
-def _pick_loop(weight: torch.Tensor):
-    if weight.is_cuda:
+def _pick_loop(weight: torch.Tensor, kept: torch.Tensor | None):
+    if weight.is_cuda and kept is None:  # the kernel knows no masks
         from gptq.kernel import triton_loop
 
         return triton_loop

@@ -10,10 +10,9 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from harness.errors import UserError
 
-from harness import checkpoint, report
+from harness import card, checkpoint, report
 from minillm import presets
 
 
@@ -130,10 +129,8 @@ def run(args) -> list[dict] | None:
 def _made_by(step: Step) -> str | None:
     """The command that made a step's checkpoint; None where there is none. What an evaluation has
     measured it knows itself."""
-    recipe = step.result / "recipe.yaml"
-    if not recipe.is_file():
-        return None
-    return yaml.safe_load(recipe.read_text())["steps"][-1]["command"]
+    steps = card.steps_of(step.result)
+    return str(steps[-1].get("command")) if steps else None
 
 
 def _forget(step: Step) -> None:

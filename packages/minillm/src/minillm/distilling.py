@@ -17,7 +17,9 @@ from harness import (
     distributed,
     engine,
     example_sets,
+    hashes,
     hidden_loss,
+    masks,
     precision,
     trainer,
     writer,
@@ -82,6 +84,7 @@ def train(args) -> dict | None:
     fused = hidden_loss.fusable(student, args.zero) and hidden_loss.fusable(teacher)
     lora, finish = flags.lora(args), None
     if lora:
+        masks.ask_before_merging(student, args.model, args.densify)
         student = models.add_lora(student, **lora)
 
         def finish(tensors):
@@ -98,7 +101,7 @@ def train(args) -> dict | None:
         args.chunk_size, args.eval_batch_size or args.chunk_size, args.select,
     )  # fmt: skip
     identity = writer.fingerprint(source, None, settings)
-    identity["teacher"] = writer.model_files(folders[1])
+    identity["teacher"] = hashes.model_files(folders[1])
     identity["data"] = {"training": examples.key, "validation": dev.key}
     identity["data"] |= {"text": text.key} if text else {}
     step_entry = {

@@ -17,7 +17,7 @@ from harness.rouge import rouge_l
 from harness.tensors import Weights
 from harness.vllm_loading import dtype_for
 
-from harness import checkpoint, distributed, precision, report, responses
+from harness import card, checkpoint, distributed, precision, report, responses
 from minillm import eval_sets, generating
 
 SHOWN = 3  # responses that are kept for a look
@@ -84,6 +84,7 @@ def evaluate(args) -> tuple[dict, Path] | None:
                 for index, text in zip(kept[:SHOWN], said[:SHOWN], strict=True)
             ]
             metric["rows"] = _rows(name, metric)
+            metric |= report.provenance(card.command_line())
             results["metrics"][f"rouge-l {name}"] = metric
             distributed.lead(lambda: report.save(results, path))
     if path.parent == source:

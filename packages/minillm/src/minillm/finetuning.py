@@ -21,7 +21,9 @@ from harness import (
     distributed,
     engine,
     example_sets,
+    hashes,
     hidden_loss,
+    masks,
     precision,
     responses,
     teacher_cache,
@@ -89,6 +91,7 @@ def finetune(args) -> dict | None:
     objective = _objective(args, student, device, columns, dtype, stored)
     finish = None
     if lora:
+        masks.ask_before_merging(student, args.model, args.densify)
         student = models.add_lora(student, **lora)
 
         def finish(tensors):
@@ -132,7 +135,7 @@ def finetune(args) -> dict | None:
     )  # fmt: skip
 
 
-def pairs(args, split: str) -> list[dict[str, str]]:
+def pairs(args, split: str, tokenizer) -> list[dict[str, str]]:
     """Prompts and responses of the flags --data, --dev-data, --train-num and --dev-num; a file of
     its own for each is read whole."""
     generated = getattr(args, "type", None) == "seqkd"
@@ -140,8 +143,12 @@ def pairs(args, split: str) -> list[dict[str, str]]:
     if split == "train":
         # cache_teacher knows nothing of --dev-data: it leaves out what is held out, always.
         alone = bool(dev) and not getattr(args, "teacher_cache", None)
-        return example_sets.pairs(args.data, split, generated, alone=alone)[: args.train_num]
-    found = example_sets.pairs(dev or args.data, split, generated and not dev, alone=bool(dev))
+        return example_sets.pairs(args.data, split, generated, alone=alone, tokenizer=tokenizer)[
+            : args.train_num
+        ]
+    found = example_sets.pairs(
+        dev or args.data, split, generated and not dev, alone=bool(dev), tokenizer=tokenizer
+    )
     return found[: args.dev_num]
 
 
@@ -248,7 +255,7 @@ def _identity(args, source: Path, training, dtype, train, dev) -> dict:
     identity["data"] = {"training": train.key, "validation": dev.key}
     if args.teacher:
         folder = checkpoint.resolve(args.teacher)
-        identity["teacher"] = writer.model_files(folder)
+        identity["teacher"] = hashes.model_files(folder)
     return identity
 
 

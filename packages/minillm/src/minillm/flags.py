@@ -105,6 +105,7 @@ def add_peft(p: argparse.ArgumentParser) -> None:
     add(g, "--peft-lora-r", type=int, default=8, metavar="N", help="rank (default 8)")
     add(g, "--peft-lora-alpha", type=int, default=32, metavar="N", help="default 32")
     add(g, "--peft-lora-dropout", type=float, default=0.1, metavar="P", help="default 0.1")
+    add(g, "--densify", action="store_true", help="let LoRA fill the zeros of a pruned model")
     add(g, "--peft-path", metavar="FOLDER", help="adapter that is merged into MODEL at the start")
     add(g, "--teacher-peft-path", metavar="FOLDER", help="adapter of the teacher")
 

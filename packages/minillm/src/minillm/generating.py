@@ -29,8 +29,8 @@ def generate(args) -> dict[str, int] | None:
     if args.gen_num is not None and args.gen_num < 1:
         raise UserError(f"--gen-num {args.gen_num}: at least 1.")
     args.dtype = dtype_for(args.engine, args.dtype, source, device, args.model)
-    pairs = example_sets.pairs(args.data, "train")[: args.gen_num]
     tokenizer = checkpoint.load_tokenizer(source)
+    pairs = example_sets.pairs(args.data, "train", tokenizer=tokenizer)[: args.gen_num]
     sampling, longest = how(args, source)
     texts = [pair["prompt"] for pair in pairs]
     kept, prompts = short(args, args.data, tokenizer, texts)

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import torch
 from harness.errors import UserError, one_line
-from harness.tensors import Weights
 
-from harness import checkpoint, distributed, trainer
+from harness import checkpoint, distributed, quantconfig, trainer
 
 SELF_TEST = "def f(x):\n    return 'Ünïcode', [x + 1, 2e-3]  # 日本 <s> </s>\n\n\tThe end."
 
@@ -19,7 +18,7 @@ def load_student(model: str, *, device: str, dtype, peft_path: str | None = None
         UserError: it is packed (training would undo that), or the adapter does not fit.
     """
     folder = checkpoint.resolve(model)
-    if Weights(folder).layout in ("compressed-tensors", "gptq"):
+    if quantconfig.is_packed(folder):
         raise UserError(f"{model} is quantized, and training would undo that; give a dense model.")
     loaded = checkpoint.load_model(folder, device=device, dtype=dtype)
     return with_adapter(loaded, peft_path) if peft_path else loaded

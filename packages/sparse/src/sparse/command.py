@@ -83,6 +83,8 @@ def add_flags(p: argparse.ArgumentParser, *, data: str, packed: bool = False) ->
         "(zeros are not stored; only the harness reads it)"
         + (", or packed integers with --wbits" if packed else ""),
     )
+    cli.add_ignore(how)
+    cli.add_bos(how)
     cli.add_shared_flags(p)
 
 
@@ -104,7 +106,8 @@ def _run(args: argparse.Namespace, method: str, options: dict) -> None:
             prunen=n, prunem=m, ratios=args.ratios, owl_lambda=args.owl_lambda, owl_m=args.owl_m,
             minlayer=args.minlayer, maxlayer=args.maxlayer, prune_only=args.prune_only,
             invert=args.invert, nsamples=args.nsamples, seqlen=args.seqlen, format=args.format,
-            device=args.device, dtype=args.dtype, seed=args.seed, overwrite=args.overwrite,
+            device=args.device, dtype=args.dtype, seed=args.seed, ignore=args.ignore, bos=args.bos,
+            overwrite=args.overwrite,
             resume=args.resume, dry_run=args.dry_run, command=card.command_line(), **options,
         )  # fmt: skip
         lead = distributed.rank() == 0

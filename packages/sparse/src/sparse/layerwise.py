@@ -1,15 +1,15 @@
 """SparseGPT, Wanda and magnitude pruning on the harness's pass: checks, data, the method."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.decoder import Decoder
 from harness.errors import UserError, nearest
 from harness.grid import Grid
 from harness.hessian import Hessian
-from harness.perplexity import window_length
 from harness.stages import get_matrix, linears
 
-from harness import checkpoint, data, distributed, formats, preflight, sequential, writer
+from harness import calibration, checkpoint, distributed, formats, preflight, sequential, writer
 from sparse import methods
 from sparse.command import PACKED
 from sparse.ratios import owl
@@ -49,6 +49,8 @@ def prune(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    ignore: Sequence[str] = (),
+    bos: str = "auto",
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
@@ -72,6 +74,8 @@ def prune(
         use_variant: Wanda's. per_row: magnitude's.
         nsamples, seqlen: calibration windows and their length (default: the model's context, at
             most 2,048).
+        ignore: linears that stay as they are, see :func:`harness.stages.ignore`.
+        bos: at the head of the windows, see :func:`harness.calibration.draw`.
         format: "dense" or "bitmask"; below 16 bits also "compressed-tensors" or "gptq".
 
     Returns:
@@ -98,6 +102,7 @@ def prune(
     device = distributed.start(checkpoint.pick_device(device))
     folder = checkpoint.resolve(model)
     decoder = Decoder(folder, device=device, dtype=dtype, name=model)
+    decoder.ignore(ignore)
     stored = decoder.stored_dtype
     chosen = _chosen(decoder, minlayer, maxlayer, prune_only, invert)
     _check_divides(chosen, goal)
@@ -122,22 +127,27 @@ def prune(
         "magnitude": {"per_row": per_row},
     }[method]  # fmt: skip
     settings |= {"groupsize": groupsize, "sym": sym} if grid else {}
+    settings |= {"ignore": list(ignore)} if ignore else {}
     if not all_of_them:
         settings |= {
             "minlayer": minlayer, "maxlayer": maxlayer, "prune_only": prune_only, "invert": invert,
         }  # fmt: skip
 
-    windows = calibration = None
+    windows = calibrated = None
     if method != "magnitude" or ratios == "owl":
         if dataset is None:
             raise UserError(
                 "no calibration dataset given; name one, or use python -m sparse.magnitude, which "
                 "needs none without --ratios owl."
             )
-        seqlen = window_length(decoder.config, seqlen)
-        calibration = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
-        tokenizer = checkpoint.load_tokenizer(folder)
-        windows = data.calibration(tokenizer, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)
+        windows, calibrated = calibration.draw(
+            decoder,
+            dataset,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            bos="none" if dry_run else bos,
+        )
     statistics = {"sparsegpt": Hessian, "wanda": methods.Norms, "magnitude": None}[method]
     packed = grid if format in PACKED else None
     job = sequential.Method(
@@ -168,7 +178,7 @@ def prune(
     else:
         job.update = methods.magnitude(target, stored, per_row=per_row)
     return sequential.compress(
-        decoder, job, Path(out), base=model, windows=windows, calibration=calibration,
+        decoder, job, Path(out), base=model, windows=windows, calibration=calibrated,
         command=command, overwrite=overwrite, resume=resume,
     )  # fmt: skip
 
@@ -256,5 +266,5 @@ def _check_divides(chosen: dict[tuple[int, str], int], goal: methods.Target) -> 
         listed = ", ".join(f"{name} ({columns})" for name, columns in bad.items())
         raise UserError(
             f"{goal.n}:{goal.m} does not divide the input columns of {listed}; use another prunem, "
-            "or leave these out with --prune_only."
+            "or leave these out with --ignore."
         )

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from harness.errors import UserError
+from harness.masks import SPARSE_FROM
 from harness.save import save_model
 from harness.tensors import Weights
 
-from harness import checkpoint, distributed, precision, training_data, writer
+from harness import checkpoint, distributed, hashes, precision, training_data, writer
 from sparse import losses, tuning
 from sparse import recovery_checks as checks
 from sparse.training import Diverged, Plan, held_out_loss, train
@@ -142,7 +143,7 @@ def recover(
         return None
     identity = writer.fingerprint(folder, _all_ids(data + held), {"method": "recover", **settings})
     if teacher_folder:
-        identity["teacher"] = writer.model_files(teacher_folder)
+        identity["teacher"] = hashes.model_files(teacher_folder)
     student = checkpoint.load_model(folder, device=device, dtype=torch.float32 if whole else stored)
     masks = _zeros(student, model, tune, densify)
     if tune == "full":
@@ -224,7 +225,7 @@ def _zeros(student, model: str, tune: str, densify: bool) -> dict:
         UserError: LoRA would fill them.
     """
     share = tuning.zero_share(student)
-    if share <= tuning.SPARSE_FROM:
+    if share <= SPARSE_FROM:
         return {}
     if densify:
         distributed.say(f"{share:.1%} of the weights are zeros; they are filled (--densify)")

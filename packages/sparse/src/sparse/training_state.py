@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from harness import distributed, writer
+from harness import distributed, files, publish, writer
 from sparse.training import Progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,9 +35,9 @@ class Store:
 
     def _open(self, overwrite: bool, resume: bool) -> dict | None:
         """The record of the run that is to be gone on with, or None."""
-        writer.check_out(self.out, overwrite)
+        writer.begin(self.out, overwrite)
         if resume and self.file.is_file():
-            record = json.loads(self.file.read_text())
+            record = files.read_json(self.file)
             begun = {part: v for part, v in record.items() if part not in ("state", "progress")}
             writer.refuse_other_run(self.partial, begun, self.identity)
             if (self.partial / record.get("state", "")).is_file():
@@ -85,7 +85,7 @@ class Store:
             state = f"state-{progress.step:07d}.safetensors"
             writer.save_tensors(self.partial / state, tensors)
             record = {**self.identity, "state": state, "progress": asdict(progress)}
-            writer.write_text(self.file, json.dumps(record, indent=1))
+            publish.write_text(self.file, json.dumps(record, indent=1))
             needed = {state, self._best(progress.best_step)}
             for path in self.partial.iterdir():
                 if path.name not in needed and path.is_file():

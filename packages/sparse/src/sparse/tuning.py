@@ -14,9 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from harness import stages
 
-# A model is taken for a sparse one from this share of exact zeros in the linears of its blocks.
-SPARSE_FROM = 0.05
-
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Full name -> every linear of the model's blocks."""
