@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,54 @@ def test_results_of_another_model_are_not_mixed_in(here, dense, capsys):
     other = make_model(here / "other", seed=1)
     assert evaluate(other, "--ppl", "text.txt", "--limit", 1, "--out", "r.json") == 2
     assert "results of another model (dense)" in capsys.readouterr().err
+
+
+def test_results_follow_the_data_and_the_model(here, dense, capsys):
+    """Another text of the same length, more subjects, one zeroed matrix: measured anew or refused,
+    and what is kept says when and how it was measured."""
+    words = [dense, "--seqlen", 32, "--limit", 8, "--ppl", "text.txt", "--choice", "quiz.jsonl"]
+    words += ["--mmlu", "mmlu"]
+
+    def metrics():
+        assert evaluate(*words) == 0
+        said = capsys.readouterr().err
+        found = json.loads((here / "results/dense.json").read_text())["metrics"]
+        kept = [key for key in found if f"{key}: measured before" in said]
+        return {key: (m["details"], m["date"], m["command"]) for key, m in found.items()}, kept
+
+    first, kept = metrics()
+    assert kept == []
+    (here / "text.txt").write_text(TEXT.replace("quick", "swift"))
+    second, kept = metrics()
+    assert kept == ["footprint", "choice:quiz.jsonl", "mmlu"]
+    assert second["ppl:text.txt"][0]["value"] != first["ppl:text.txt"][0]["value"]
+    assert second["mmlu"] == first["mmlu"]
+    question = {"question": "the lazy", "choices": ["brown", "red", "x", "y"], "answer": 1}
+    (here / "quiz.jsonl").write_text((json.dumps(question) + "\n") * 6)
+    for split in ("dev", "test"):
+        (here / "mmlu" / split / f"virology_{split}.csv").write_text("p,None,b,c,d,B\n" * 5)
+    _, kept = metrics()
+    assert kept == ["footprint", "ppl:text.txt"]
+    other = here / "other"
+    shutil.copytree(dense, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].zero_()
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    words[0] = other
+    assert evaluate(*words, "--out", "results/dense.json") == 2
+    assert "results of another model (dense)" in capsys.readouterr().err
+
+
+def test_results_of_an_older_harness_are_measured_anew(here, dense, capsys):
+    words = [dense, "--ppl", "text.txt", "--limit", 1, "--out", "r.json"]
+    assert evaluate(*words) == 0
+    old = json.loads((here / "r.json").read_text()) | {"schema": 1, "command": "x", "versions": {}}
+    (here / "r.json").write_text(json.dumps(old))
+    capsys.readouterr()
+    assert evaluate(*words) == 0
+    said = capsys.readouterr().err
+    assert "measuring anew" in said and "measured before" not in said
+    assert json.loads((here / "r.json").read_text())["schema"] == 2
 
 
 def test_block_by_block_gives_the_same(here, dense):

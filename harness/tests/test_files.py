@@ -162,9 +162,7 @@ def test_local_instructions_are_dealt_or_split(tmp_path):
     assert len(data.instructions(str(tmp_path), "train")) == 60
     assert data.instructions(str(tmp_path), "test")[0]["response"] == "o"
     other = write(tmp_path / "other.jsonl")
-    with pytest.raises(
-        UserError, match="columns id, text; expected messages, or prompt and response"
-    ):
+    with pytest.raises(UserError, match="columns id, text; expected messages, or prompt"):
         data.instructions(str(other), "train")
 
 

@@ -201,9 +201,6 @@ class BlockPass:
     def _update(self, block, names, statistics, where) -> dict[str, Update]:
         modules = {name: block.get_submodule(name) for name in names}
         matrices = {name: self._matrix(where, name, module) for name, module in modules.items()}
-        for name, matrix in matrices.items():
-            full = f"{where.prefix}.{name}"
-            formats.check_scales(full, matrix, self.method.grid, self.method.layout)
         updates = self.method.update(matrices, statistics, where)
         for name, update in updates.items():
             packed, stored = isinstance(update.weight, QuantizedWeight), self.decoder.stored_dtype

@@ -63,12 +63,10 @@ def split_names(names: Iterable[str], layout: str) -> tuple[set[str], set[str]]:
     return linears, plain
 
 
-def check_scales(name: str, matrix: torch.Tensor, grid: Grid, layout: str) -> None:
+def check_scales(name: str, matrix: torch.Tensor, grid: Grid) -> None:
     """Raise :class:`UserError` where the scales that linear ``name`` [O, I] needs lie outside of
-    float16's ordinary numbers, in which ``layout`` stores them: a matrix of very small weights
+    float16's ordinary numbers, in which the gptq layout stores them: a matrix of very small weights
     would be erased, one of very large ones cut off."""
-    if layout != "gptq" or not grid:
-        return
     groups = matrix.abs().unflatten(1, (-1, grid.columns_per_group(matrix.shape[1])))
     largest = groups.amax(dim=2).float()
     scales = largest[largest > 0] / (grid.max_code / (2 if grid.symmetric else 1))

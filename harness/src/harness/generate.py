@@ -77,6 +77,7 @@ def continuations(name: str, folder, prompts: list[str], args) -> list[tuple[str
         length = ids.shape[1]
         if not length:
             raise UserError("an empty prompt gives this model nothing to go on; name some text")
+        checkpoint.check_token(int(ids.max()), model.config)
         if context and length + args.max_new_tokens > context:
             raise UserError(
                 f"a prompt of {length} tokens and {args.max_new_tokens} new ones exceed the "

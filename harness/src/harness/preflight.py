@@ -6,7 +6,7 @@ from harness import formats
 from harness.decoder import Decoder
 from harness.errors import UserError
 from harness.grid import Grid, check_group_size
-from harness.stages import IGNORED, get_matrix, linears
+from harness.stages import IGNORED, get_matrix, linears, turn
 
 
 def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
@@ -29,6 +29,16 @@ def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
             "the gptq format has no place for the names of linears that stay dense; use "
             "--format compressed-tensors with --ignore."
         )
+
+
+def check_scales(decoder: Decoder, grid: Grid | None, layout: str) -> None:
+    """Refuse the gptq layout for weights whose scales float16 does not hold; reads every block."""
+    if layout != "gptq" or grid is None:
+        return
+    for index, block in enumerate(decoder.blocks):
+        for name, module in linears(block).items():
+            full = f"{decoder.prefix}.{index}.{name}"
+            formats.check_scales(full, turn(module, decoder.stored(f"{full}.weight")), grid)
 
 
 def what_stays(decoder: Decoder) -> str:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from harness import distributed
+from harness import checkpoint, distributed
 from harness.progress import track
 
 # Below this many tokens a shared start is not worth a forward of its own.
@@ -45,7 +45,11 @@ def position_logits(
         positions: `positions[i]` index into sequence i, ascending.
         groups: indices of sequences that may start alike; every index in exactly one group.
             Changes the time taken, not the result. By default nothing is shared.
+
+    Raises:
+        UserError: a token is beyond the model's vocabulary.
     """
+    checkpoint.check_token(max(map(max, sequences)), model.config)
     keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     if groups is None:
         groups = [range(len(sequences))]

@@ -91,6 +91,7 @@ def compress(
     read_by = readers.of_result(decoder.model, everything, method.layout, method.grid, quantization)
     if "transformers:" in read_by:
         distributed.say(f"the result will be read by {read_by}")
+    distributed.lead(lambda: preflight.check_scales(decoder, method.grid, method.layout))
     shards = _open_shards(decoder, out, windows, identity, overwrite, resume)
 
     rows = []
