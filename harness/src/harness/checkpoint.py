@@ -26,6 +26,7 @@ MOST = {
     "num_experts": 1_000_000,
     "n_routed_experts": 1_000_000,
 }
+NEEDED = ("num_hidden_layers", "hidden_size", "vocab_size")
 LOADS = ("nf4", "nf4-dq", "int8")
 
 
@@ -130,8 +131,9 @@ def _check_sizes(config, path: Path) -> None:
         value = getattr(text, name, None)
         if value is None or isinstance(value, list):  # some have a value per block
             continue
-        if type(value) is not int or not 0 <= value <= most:
-            raise UserError(f"{path} has {value!r:.40} for {name}; expected 1 to {most}.")
+        least = 1 if name in NEEDED else 0
+        if type(value) is not int or not least <= value <= most:
+            raise UserError(f"{path} has {value!r:.40} for {name}; expected {least} to {most}.")
     entries = getattr(config, sizes.KEY, None)
     blocks = getattr(text, "num_hidden_layers", None)
     if entries is not None and (
@@ -188,7 +190,20 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype="auto", load: st
         loaded = load_dense(folder, dtype)
     else:
         loaded = _load_packed(weights, config, dtype)
+    for name, parameter in loaded.named_parameters():
+        check_finite(name, parameter.detach())
     return loaded.to(device).eval()
+
+
+def check_finite(name: str, tensor) -> None:
+    """Raise :class:`UserError` where a tensor holds NaN or infinite values."""
+    import torch
+
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{name} holds NaN or infinite values; the checkpoint is damaged or was trained to "
+            "divergence. Get another copy."
+        )
 
 
 def _load_packed(weights: Weights, config, dtype):
@@ -237,7 +252,9 @@ def load_dense(folder: Path, dtype):
     for file in weights.files():
         open_file(folder / file)
     try:
-        return _load_complete(weights, folder, config=load_config(folder), dtype=dtype)
+        config = load_config(folder)
+        vars(config).pop("quantization_config", None)  # an empty one, which transformers refuses
+        return _load_complete(weights, folder, config=config, dtype=dtype)
     except UserError:
         raise
     except Exception as error:  # transformers over the user's files

@@ -9,7 +9,6 @@ Legend: B windows in a batch, T tokens per window, D hidden size, V vocabulary.
 """
 
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -360,13 +359,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
     """Give the tensors that transformers keeps in float32, while a model is loaded in ``dtype``,
     that dtype."""
-    plan = model._get_dtype_plan(dtype)
-    patterns = [(re.compile(key.replace("*", ".*")), kept) for key, kept in plan.items()]
+    kept = precision.kept_in_float32(model, dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict(keep_vars=True).items():
-        kept = next((kept for pattern, kept in patterns if pattern.search(name)), None)
-        if kept is not None and tensor.is_floating_point():
-            _put(model, name, tensor.to(kept), buffer=name not in parameters)
+        if tensor.is_floating_point() and kept(name):
+            _put(model, name, tensor.float(), buffer=name not in parameters)
 
 
 def batches(windows: torch.Tensor, batch_size: int | None = None) -> list[torch.Tensor]:
@@ -415,11 +412,7 @@ def _same(a, b) -> bool:
 
 
 def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise UserError(
-            f"{name} holds NaN or infinite values; the checkpoint is damaged or was trained to "
-            "divergence. Get another copy."
-        )
+    checkpoint.check_finite(name, tensor)
     return tensor
 
 

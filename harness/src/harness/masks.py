@@ -11,9 +11,10 @@ SPARSE_FROM = 0.05
 
 
 def of_pruned(weight: Tensor) -> Tensor | None:
-    """Where a matrix of any shape is zero, bool, if it was pruned; None if not."""
+    """Where a matrix of any shape is zero, bool, if it was pruned; None if not. One that is zero
+    everywhere is about to be trained from there, as LoRA's."""
     zeros = weight == 0
-    return zeros if zeros.float().mean() >= SPARSE_FROM else None
+    return zeros if SPARSE_FROM <= zeros.float().mean() < 1 else None
 
 
 @torch.no_grad()

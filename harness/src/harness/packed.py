@@ -90,6 +90,9 @@ def _check_compressed_tensors(linear: str, part: Mapping, grid: Grid) -> None:
         _equal(f"{linear}.weight_scale", scale, (words[0], scale[1]), grid)
     if grid.group_size == -1:
         _equal(f"{linear}.weight_scale", scale, (words[0], 1), grid)
+    if "weight_zero_point" in part:
+        zeros = _matrix(linear, part, "weight_zero_point")
+        _equal(f"{linear}.weight_zero_point", zeros, (zeros[0], scale[1]), grid)
     if grid.symmetric and "weight_zero_point" in part:
         raise UserError(
             f"{linear}.weight_zero_point is there, and quantization_config says symmetric: true. "

@@ -10,6 +10,7 @@ that a resumed run gets the answer of the first.
 """
 
 import os
+import re
 from contextlib import contextmanager
 
 import torch
@@ -140,6 +141,24 @@ def rounded(tensors: list[torch.Tensor], dtype: torch.dtype):
     finally:
         for tensor, values in zip(finer, kept, strict=True):
             tensor.copy_(values)
+
+
+@torch.no_grad()
+def cast(model, dtype: torch.dtype):
+    """``model``, a transformers one, with its parameters in ``dtype``, but for those that
+    transformers keeps in float32 then; not its buffers, whose frequencies of positions are float32
+    in any model."""
+    kept = kept_in_float32(model, dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if kept(name) else dtype)
+    return model
+
+
+def kept_in_float32(model, dtype: torch.dtype):
+    """A function: whether transformers keeps the tensor of that name in float32, while it loads
+    ``model`` in ``dtype``."""
+    patterns = [re.compile(key.replace("*", ".*")) for key in model._get_dtype_plan(dtype)]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def record(computed: torch.dtype, stored: torch.dtype) -> dict[str, str]:

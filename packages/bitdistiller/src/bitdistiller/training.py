@@ -116,7 +116,7 @@ def train(args) -> dict | None:
             names = [*beside, *(f"{name}.weight" for name in student.find_linears(model))]
             trained = {name: model.get_parameter(name) for name in names}
             model = trainer.put_in(trainer.source_model(start or source), trained)
-        return model.to(stored_dtype), {result.FILE: (side, note)}
+        return precision.cast(model, stored_dtype), {result.FILE: (side, note)}
 
     shown = {"bits": grid.bits, "learning_rate": training.learning_rate, "steps": training.steps}
     shown |= {

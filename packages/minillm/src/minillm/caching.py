@@ -39,7 +39,7 @@ def cache(args) -> dict | None:
         vocabulary = models.shared_columns(args.model, args.student)
     longest, longest_prompt = flags.lengths(args, *map(context_length, configs))
     examples = example_sets.examples(
-        tokenizer, finetuning.pairs(args, "train"), max_length=longest,
+        tokenizer, finetuning.pairs(args, "train", tokenizer), max_length=longest,
         max_prompt_length=longest_prompt, name=f"{args.data}, train",
     )  # fmt: skip
     example_sets.check_tokens([examples], configs[0])

@@ -156,8 +156,8 @@ def examples(args, tokenizer, longest: int, longest_prompt: int) -> list[example
     """Training and validation examples of :func:`pairs`."""
     return [
         example_sets.examples(
-            tokenizer, pairs(args, split), max_length=longest, max_prompt_length=longest_prompt,
-            name=f"{name}, {split}",
+            tokenizer, pairs(args, split, tokenizer), max_length=longest,
+            max_prompt_length=longest_prompt, name=f"{name}, {split}",
         )
         for split, name in (("train", args.data), ("validation", args.dev_data or args.data))
     ]  # fmt: skip
@@ -216,7 +216,7 @@ def _collate(args, train, rows, tokenizer, longest: int, stored) -> Callable[[li
     if not args.align:
         more = stored.rows if stored else lambda micro: {}
         return lambda micro: batching.collate([train[i] for i in micro], pad) | more(micro)
-    texts = pairs(args, "train")
+    texts = pairs(args, "train", tokenizer)
     other = checkpoint.load_tokenizer(args.teacher)
     pads = (batching.pad_id(other), pad)
     return lambda micro: align.batch(

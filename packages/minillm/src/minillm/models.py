@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from harness.errors import UserError, one_line
 
-from harness import checkpoint, distributed, quantconfig, trainer
+from harness import checkpoint, distributed, precision, quantconfig, trainer
 
 SELF_TEST = "def f(x):\n    return 'Ünïcode', [x + 1, 2e-3]  # 日本 <s> </s>\n\n\tThe end."
 
@@ -68,7 +68,7 @@ def merged(student, tensors: dict[str, torch.Tensor], dtype: torch.dtype, **lora
     """The plain model of a LoRA student: ``student`` (float32) with trained tensors, by name, put
     in and merged; summed in float32, rounded once."""
     adapted = trainer.put_in(add_lora(student, **lora), tensors)
-    return adapted.merge_and_unload().to(dtype)
+    return precision.cast(adapted.merge_and_unload(), dtype)
 
 
 def shared_columns(teacher: str, student: str) -> int:

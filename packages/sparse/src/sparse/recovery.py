@@ -185,8 +185,8 @@ def recover(
         distributed.say("no look found a better loss than before: the model is written unchanged")
     student = tuning.finish(student, stored)
     # The values that are stored, in the dtype of all other looks.
-    after = look(tuning.cast(student, torch.float32) if compute == torch.float32 else student)
-    tuning.cast(student, stored)
+    after = look(precision.cast(student, torch.float32) if compute == torch.float32 else student)
+    precision.cast(student, stored)
     training = {"dataset": dataset, "nsamples": len(data), "seqlen": seqlen, "seed": seed}
     step = {
         "method": "recover", "base": model, "command": command, "settings": settings,

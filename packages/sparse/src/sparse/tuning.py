@@ -12,7 +12,7 @@ from harness.errors import UserError, nearest
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness import stages
+from harness import precision, stages
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -100,13 +100,4 @@ def finish(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             linear.weight.data = (linear.weight.float() + delta).to(dtype)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, linear)
-    return cast(model, dtype).eval()
-
-
-@torch.no_grad()
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with its parameters in ``dtype``; not its buffers, whose frequencies of positions
-    are float32 in any model."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    return precision.cast(model, dtype).eval()
