@@ -1,10 +1,10 @@
 """Run passes and kill -9 them: ``python kill_driver.py SOURCE FOLDER TIMES SEED [RENAME ...]``.
 
-FOLDER/straight and FOLDER/again are passes nobody disturbs. FOLDER/time0 ... are killed at TIMES
-random moments and run again; FOLDER/rename0 ... are killed as they are about to do their so-manyth
-rename (every step of the files goes through one), where -1 is just after the last. This is a
-process of its own with one thread, so that forking it after the imports is safe; the killed
-children are real processes.
+FOLDER/straight and FOLDER/again are passes nobody disturbs; FOLDER/both is begun twice at once.
+FOLDER/time0 ... are killed at TIMES random moments and run again; FOLDER/rename0 ... are killed as
+they are about to do their so-manyth rename (every step of the files goes through one), where -1 is
+just after the last. This is a process of its own with one thread, so that forking it after the
+imports is safe; the killed children are real processes.
 """
 
 import os
@@ -32,6 +32,9 @@ def drive(run: Callable[[Path], int], folder: Path, times: int, seed: int, renam
     began = time.perf_counter()
     assert ended(child(run, folder / "again")) == 0
     whole = time.perf_counter() - began
+    both = [child(run, folder / "both") for _ in range(2)]
+    codes = sorted(ended(pid) for pid in both)
+    assert codes == [0, 2], codes
     draw = random.Random(seed)
     for number in range(times):
         out = folder / f"time{number}"

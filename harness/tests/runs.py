@@ -19,6 +19,21 @@ def python(*words, launcher=(), cwd=None) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=os.environ | quiet, capture_output=True, text=True)
 
 
+def begun_at_once(*commands, cwd=None) -> list[tuple[int, str]]:
+    """Exit code and stderr of every command line of this Python, all started at the same time."""
+    path = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, words)], cwd=cwd, env=os.environ | quiet, text=True,
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        )
+        for words in commands
+    ]  # fmt: skip
+    ended = [(process.communicate()[1], process.returncode) for process in started]
+    return [(code, errors) for errors, code in ended]
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Every file below ``folder`` by its relative path, as a hash."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -26,12 +41,13 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def killed_runs_equal_the_straight_one(folder: Path, count: int, *words) -> str:
-    """Run a driver of kill_driver.drive on ``folder``: ``count`` results, all with the bytes of
-    the run that nobody disturbed. Returns the driver's stderr."""
+    """Run a driver of kill_driver.drive on ``folder``: ``count`` results and the one begun twice,
+    all with the bytes of the run that nobody disturbed. Returns the driver's stderr."""
     done = python(*words)
     assert done.returncode == 0, done.stderr
     results = [p for p in folder.iterdir() if p.is_dir() and p.suffix != ".partial"]
-    assert len(results) == count
+    assert len(results) == count + 1
+    assert not list(folder.glob(".*")) and "another run is writing" in done.stderr
     straight = contents(folder / "straight")
     for result in results:
         assert contents(result) == straight, result.name

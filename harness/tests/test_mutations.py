@@ -20,7 +20,7 @@ from harness.grid import Grid, nearest
 from harness.info import info
 from safetensors.torch import load_file, save_file
 
-from harness import card, checkpoint, cli, report, sequential
+from harness import checkpoint, cli, recipe, report, sequential
 
 DOWN = "model.layers.1.mlp.down_proj"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -298,7 +298,7 @@ def test_recipes_and_results(good, tmp_path):
     for content in recipes:
         folder = mutated(good, tmp_path, "dense")
         (folder / "recipe.yaml").write_bytes(content)
-        json.dumps(card.steps_of(folder))
+        json.dumps(recipe.steps(folder))
         assert cli.main(["info", str(folder)]) == 0
     for content in [*JUNK, b'{"schema": 2, "model": {"name": "a"}, "metrics": {"a": 1}}']:
         (tmp_path / "r.json").write_bytes(content)

@@ -12,13 +12,11 @@ from pathlib import Path
 import families
 import pytest
 import torch
-import yaml
 from harness.decoder import Decoder
 from harness.errors import UserError
-from harness.info import info
 from safetensors.torch import load_file, save_file
 
-from harness import card, checkpoint, cli, engine, publish, save, sequential, writer
+from harness import checkpoint, cli, engine, publish, save, sequential, writer
 
 HOLD = """
 import sys, time
@@ -115,7 +113,10 @@ def test_what_is_resumed_is_checked(model, tmp_path, damage):
         (tmp_path / "out.partial.json").write_bytes(b'{"settings": ')
     else:
         shard.write_bytes(b"" if damage == "empty" else shard.read_bytes()[:-3])
-    compress(model, out)
+    if damage == "state":
+        with pytest.raises(UserError, match="Start afresh with --no-resume"):
+            compress(model, out)
+    compress(model, out, resume=damage != "state")
     compress(model, tmp_path / "straight")
     for path in (tmp_path / "straight").iterdir():
         if path.suffix == ".safetensors":
@@ -144,7 +145,7 @@ def test_what_is_published_was_synced(model, tmp_path, monkeypatch):
         ("..", "expected the name of something new"),
         ("/", "expected the name of something new"),
         ("x" * 250, "has 250 bytes"),
-        ("loop/out", "cannot be made"),
+        ("loop/out", "is a link to nothing"),
         ("gone", "is a link to nothing"),
         ("pipe", "no regular file or folder"),
         ("file/out", "is a file, no folder"),
@@ -166,32 +167,6 @@ def test_places_that_cannot_be(model, tmp_path, monkeypatch, capsys, out, messag
     assert re.search(message, line), line
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert time.perf_counter() - started < 20
-
-
-FOREIGN = {
-    "llm-compressor": b"quant_stage:\n  quant_modifiers:\n    GPTQModifier: {ignore: [lm_head]}\n",
-    "empty": b"",
-    "broken": b"steps: [\n",
-    "not utf-8": b"steps: \xff\xfe",
-    "a list": b"- a\n- b\n",
-    "steps of text": b"steps: [one, two]\n",
-    "settings of text": b"steps: [{method: a, settings: b}]\n",
-    "deep": b"[" * 5000,
-    "dates": b"steps: [{method: gptq, settings: {made: 2024-01-01}}]\n",
-}
-
-
-@pytest.mark.parametrize("recipe", FOREIGN)
-def test_recipes_of_others_are_kept_as_text(model, tmp_path, recipe):
-    (model / "recipe.yaml").write_bytes(FOREIGN[recipe])
-    assert "step 1" in info(model)
-    compress(model, tmp_path / "out")
-    steps = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["steps"]
-    assert len(steps) == 2 and steps[1]["method"] == "keep"
-    if recipe not in ("dates",):
-        assert steps[0]["method"] == card.FOREIGN
-        assert steps[0]["recipe"] == FOREIGN[recipe].decode(errors="replace")
-    json.dumps(card.steps_of(model))
 
 
 SIDE = {

@@ -276,6 +276,35 @@ def test_side_tensors_end_in_a_file_of_their_own(sources, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"out", "straight"}
 
 
+@pytest.mark.parametrize("fault", ["empty", "cut", "zeros", "side gone", "state cut"])
+def test_shards_that_are_not_whole_are_made_again(fault, sources, tmp_path, capsys):
+    source, out, partial = sources["llama"], tmp_path / "out", tmp_path / "out.partial"
+    run(source, tmp_path / "straight", noting({}))
+    with pytest.raises(Interrupted):
+        run(source, out, noting({}, fail_at=4))
+    shard = sorted(partial.iterdir())[1]
+    data = shard.read_bytes()
+    if fault == "state cut":
+        state = tmp_path / "out.partial.json"
+        state.write_text(state.read_text()[:100])
+        with pytest.raises(UserError, match="--no-resume"):
+            run(source, out, noting({}))
+        run(source, out, noting({}), resume=False)
+    elif fault == "side gone":
+        sorted((tmp_path / "out.side.partial").iterdir())[1].unlink()
+        run(source, out, noting({}))
+    else:
+        half = len(data) // 2
+        shard.write_bytes(
+            {"empty": b"", "cut": data[:-1], "zeros": data[:half] + bytes(half)}[fault]
+        )
+        run(source, out, noting({}))
+    told = "resuming: 1 of 5 blocks are done" in capsys.readouterr().err
+    assert told == (fault != "state cut")
+    assert runs.contents(out) == runs.contents(tmp_path / "straight")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "straight"}
+
+
 def test_another_runs_blocks_are_not_taken(sources, tmp_path):
     source, out = sources["llama"], tmp_path / "out"
     interrupted(source, out, calibration=CALIBRATION)

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import families
 import pytest
+import runs
 import torch
 import trainer_driver
 from harness.errors import UserError
@@ -232,3 +234,70 @@ def test_a_killed_run_on_two_ranks_goes_on(tmp_path):
     assert done.returncode == 0 and "resuming: 6 steps are done" in done.stderr, done.stderr
     for one, two in zip(*(log(tmp_path / n)["looks"] for n in ("one", "two")), strict=True):
         assert two == pytest.approx(one, rel=1e-5)
+
+
+FAULTS = {
+    "a state cut": ("states/step-9/mp_rank_00_model_states.pt", "cut", "damaged"),
+    "the best cut": ("best-5.safetensors", "cut", "damaged"),
+    "the note cut": ("states/state.json", "cut", "cannot be read"),
+    "the file's mode": (
+        "states/step-9/mp_rank_00_model_states.pt",
+        0o666,
+        "may be written by others",
+    ),
+    "the folder's mode": ("states/step-9", 0o777, "may be written by others"),
+    "the run's mode": ("", 0o775, "may be written by others"),
+    "a link": ("states/step-9", "link", "is a link"),
+    "one more file": ("states/step-9/other.pt", "new", "damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    assert trainer_driver.main(source, folder / "out", fate="stop", at=11) == 130
+    return folder
+
+
+@pytest.mark.parametrize(("name", "what", "end"), FAULTS.values(), ids=FAULTS)
+def test_states_are_read_as_they_were_saved_and_by_whom(
+    name, what, end, source, stopped, tmp_path, capsys
+):
+    place = tmp_path / "place"
+    shutil.copytree(stopped, place)
+    partial = place / "out.partial"
+    path = next(iter(partial.glob(name)), partial / name) if name else partial
+    if what == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif what == "new":
+        path.write_bytes(b"x")
+    elif what == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.chmod(what)
+    before = contents(place)
+    assert trainer_driver.main(source, place / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end in error and "--no-resume" in error
+    assert contents(place) == before
+
+
+def test_a_loose_umask_leaves_states_that_are_resumed(source, tmp_path):
+    before = os.umask(0)
+    try:
+        assert trainer_driver.main(source, tmp_path / "out", fate="stop", at=11) == 130
+        assert trainer_driver.main(source, tmp_path / "out") == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "config.json").stat().st_mode & 0o777 == 0o666
+
+
+def test_of_two_runs_with_one_name_one_is_refused(source, tmp_path):
+    command = [trainer_driver.__file__, source, tmp_path / "out"]
+    ended = runs.begun_at_once([*command, 0, 2], [*command, 0, 1])
+    assert sorted(code for code, _ in ended) == [0, 2], ended
+    line = next(errors for code, errors in ended if code).splitlines()[-1]
+    there = f"error: {tmp_path / 'out'}"
+    assert line.startswith((f"error: another run is writing {tmp_path / 'out'}", f"{there} exists"))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

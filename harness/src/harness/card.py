@@ -1,6 +1,5 @@
 """The two texts beside every result: recipe.yaml (the steps that led here) and the model card."""
 
-import json
 import shlex
 import sys
 from importlib.metadata import version
@@ -9,10 +8,9 @@ from pathlib import Path
 import yaml
 
 from harness import __version__
+from harness import recipe as recipe_file
 
 # Steps that change how a model is stored, and nothing of the model.
-LONGEST_RECIPE = 1_000_000  # bytes
-FOREIGN = "another tool's recipe"
 REPACKED = ("convert", "export")
 
 
@@ -34,27 +32,7 @@ def command_line() -> str:
 
 def recipe(source: Path, step: dict) -> str:
     """recipe.yaml: the source's own steps, then this one."""
-    return yaml.safe_dump({"steps": [*steps_of(source), step]}, sort_keys=False, width=100)
-
-
-def steps_of(folder: Path) -> list[dict]:
-    """The steps in a checkpoint's recipe.yaml, oldest first; [] where there is none.
-
-    What is no list of steps of ours, as the recipes of llm-compressor and the like or a damaged
-    file, is one step that holds its text.
-    """
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        return []
-    text = path.read_bytes()[:LONGEST_RECIPE].decode("utf-8", errors="replace")
-    try:
-        steps = yaml.safe_load(text)["steps"]
-        if all(isinstance(s, dict) and isinstance(s.get("settings", {}), dict) for s in steps):
-            # Dates and the like of YAML are none of JSON's.
-            return json.loads(json.dumps(steps, default=str))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
-        pass
-    return [{"method": FOREIGN, "recipe": text}]
+    return yaml.safe_dump({"steps": [*recipe_file.steps(source), step]}, sort_keys=False, width=100)
 
 
 def model_card(base: str, step: dict, layout: str, sizes: dict[str, float], read_by: str) -> str:

@@ -77,7 +77,8 @@ def _download(model: str, hint: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+    wanted += ["LICEN*", "NOTICE*", "COPYING*", "*POLICY*"]
     try:
         folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
         if not list(folder.glob("*.safetensors")):

@@ -20,8 +20,7 @@ def convert(args) -> int:
     decoder = Decoder(folder, dtype=Weights(folder).dtype)
     precision.say_unused(args.dtype, decoder.stored_dtype)
     preflight.check(decoder, None, args.format, out)
-    if not args.dry_run:
-        writer.check_out(out, args.overwrite)
+    writer.claim(out, folder, args.overwrite, args.dry_run)
     before = stored_size(folder, decoder.config).disk_bytes
     if args.format == "bitmask":
         _check_worth(args.model, sparsity.of_checkpoint(folder))

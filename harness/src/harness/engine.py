@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness import distributed, files, precision, publish
+from harness import distributed, hashes, precision, publish, writer
 from harness.errors import UserError, one_line
 
 SCHEDULES = ("cosine", "constant")
@@ -295,8 +295,18 @@ def save_state(engine, folder: Path, state: dict) -> None:
             error = OSError(errno.ENOSPC, str(error))
         raise publish.disk_error(folder, error) from error
 
+    distributed.sum_number(0.0)  # every rank has written
+
     def point():
-        publish.write_text(folder / "state.json", json.dumps({"tag": name, **state}, indent=1))
+        marks = {}
+        for path in [folder / name, *sorted((folder / name).rglob("*"))]:
+            keep_to_user(path)
+            publish.sync(path)
+            if path.is_file():
+                marks[str(path.relative_to(folder))] = hashes.sample_hash(path)
+        record = {"tag": name, **state, "files": marks}
+        publish.write_text(folder / "state.json", json.dumps(record, indent=1))
+        keep_to_user(folder / "state.json")
         for old in folder.glob("step-*"):
             if old.name != name:
                 shutil.rmtree(old)
@@ -309,8 +319,13 @@ def load_state(engine, folder: Path) -> dict | None:
     path = folder / "state.json"
     if not path.is_file():
         return None
-    state = files.read_json(path)
+    state = writer.read_state(path)
     _check_ours(folder)
+    tag, marks = state.get("tag"), state.get("files")
+    there = (folder / tag).rglob("*") if isinstance(tag, str) else []
+    found = {str(p.relative_to(folder)): hashes.sample_hash(p) for p in there if p.is_file()}
+    if not found or found != marks:
+        raise UserError(f"the state in {folder} is damaged; start again with --no-resume.")
     loaded = None
     try:
         loaded, _ = engine.load_checkpoint(
@@ -326,6 +341,11 @@ def load_state(engine, folder: Path) -> dict | None:
     return state
 
 
+def keep_to_user(path: Path) -> None:
+    """Nobody but the user, who made ``path``, may write there."""
+    path.chmod(path.stat().st_mode & ~0o022)
+
+
 def _check_ours(folder: Path) -> None:
     """DeepSpeed's states are pickles, which run what they say: only those are read that this user
     wrote and nobody else can have changed."""
@@ -337,7 +357,7 @@ def _check_ours(folder: Path) -> None:
             fault = "is a link"
         elif found.st_uid != os.getuid():
             fault = f"belongs to user {found.st_uid}"
-        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not _own_group(found):
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             fault = f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})"
         else:
             continue
@@ -345,21 +365,6 @@ def _check_ours(folder: Path) -> None:
             f"{path} {fault}: a saved state runs code when it is read, so it has to be yours alone "
             "(chmod -R go-w on the folder, if you trust it); or start again with --no-resume."
         )
-
-
-def _own_group(found: os.stat_result) -> bool:
-    """Whether only a group of the user's own name may write: what a umask of 002 leaves, where
-    every user has a group with nobody else in it."""
-    import grp
-    import pwd
-
-    if found.st_mode & stat.S_IWOTH or found.st_gid != os.getgid():
-        return False
-    try:
-        group, user = grp.getgrgid(found.st_gid), pwd.getpwuid(os.getuid())
-    except KeyError:
-        return False
-    return group.gr_name == user.pw_name and not set(group.gr_mem) - {user.pw_name}
 
 
 def _some_frozen(engine) -> bool:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import card, distributed, precision, publish, report
+from harness import card, distributed, precision, publish, recipe, report
 from harness.errors import UserError
 from harness.measures import (
     Step,
@@ -126,7 +126,7 @@ def results_path(args, folder: Path, name: str) -> Path:
     if args.out:
         path = Path(args.out)
         return path / "results.json" if path.is_dir() else path
-    ours = Path(args.model).is_dir() and (folder / "recipe.yaml").is_file()
+    ours = Path(args.model).is_dir() and recipe.is_ours(folder)
     if ours and not args.load and os.access(folder, os.W_OK):
         return folder / "results.json"
     return Path("results") / f"{name}.json"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from harness import card, checkpoint, files, formats, names, quantconfig, readers, sparsity
+from harness import checkpoint, files, formats, names, quantconfig, readers, recipe, sparsity
 from harness.footprint import Footprint, linear_shapes, stored_size
 from harness.macs import macs_per_token, skeleton
 from harness.perplexity import context_length, window_length
@@ -26,7 +26,7 @@ def info(model: str) -> str:
     size = stored_size(folder, config)
     length = window_length(config)
     macs = macs_per_token(model, length, linear_shapes(folder))
-    steps = card.steps_of(folder)
+    steps = recipe.steps(folder)
     blocks, width = (getattr(text, n, "?") for n in ("num_hidden_layers", "hidden_size"))
     vocabulary = getattr(text, "vocab_size", "?")
     shape = f"{blocks} blocks of width {width}, vocabulary {vocabulary}"

@@ -10,10 +10,7 @@ from harness.stages import IGNORED, get_matrix, linears, turn
 
 
 def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
-    """Raise :class:`UserError` where the model's sizes do not fit ``grid`` or ``layout``, or the
-    result would take the model's own place."""
-    if out.exists() and out.samefile(decoder.weights.folder):
-        raise UserError(f"{out} is the model itself; choose another --out.")
+    """Raise :class:`UserError` where the model's sizes do not fit ``grid`` or ``layout``."""
     if grid is None:
         return
     shapes, columns = {}, {}

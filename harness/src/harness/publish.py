@@ -38,7 +38,8 @@ def hold(out: Path, flag: str = "--out") -> None:
         except OSError as error:
             raise cannot_make(out, error, flag) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A record lock: unlike flock's, children that outlive this process do not keep it.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -72,7 +73,8 @@ def release_all() -> None:
 
 
 def _lock_file(out: Path) -> Path:
-    return Path(os.path.abspath(out.with_name(out.name + LOCK)))
+    place = os.path.realpath(os.path.dirname(os.path.abspath(out)))
+    return Path(place) / (out.name + LOCK)
 
 
 def _same_file(handle: int, path: Path) -> bool:
@@ -106,7 +108,7 @@ def write(path: Path, make: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """:func:`write` of a UTF-8 text."""
-    write(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write(path, lambda beside: beside.write_text(text, "utf-8", "backslashreplace"))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -167,8 +169,9 @@ def check_place(path: Path, flag: str = "--out") -> None:
         )
     try:
         os.fsencode(path).decode()
-        if path.is_symlink() and not path.exists():
-            raise UserError(f"{flag} {path} is a link to nothing; remove it or choose another.")
+        for part in (path, *path.parents):
+            if part.is_symlink() and not part.exists():
+                raise UserError(f"{flag} {part} is a link to nothing; remove it or choose another.")
         there = next(folder for folder in path.absolute().parents if folder.exists())
         is_folder, can_write = there.is_dir(), os.access(there, os.W_OK | os.X_OK)
         kind = path.stat().st_mode if path.exists() else stat.S_IFREG

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from harness import __version__, card, hashes, publish
+from harness import __version__, hashes, publish, recipe
 from harness.errors import UserError, one_line
 
 SCHEMA = 2
@@ -63,7 +63,7 @@ def new_results(name: str, folder: Path) -> dict:
     return {
         "schema": SCHEMA,
         "model": {"name": name, "identity": hashes.of_model(folder)},
-        "recipe": card.steps_of(folder),
+        "recipe": recipe.steps(folder),
         "metrics": {},
     }
 
@@ -230,7 +230,7 @@ def update_card(folder: Path, results: dict) -> bool:
     the same results leave the same file. Returns whether there is a card.
     """
     card = folder / "README.md"
-    if not ((folder / "recipe.yaml").is_file() and card.is_file()):
+    if not (card.is_file() and recipe.is_ours(folder)):
         return False
     text = card.read_text(encoding="utf-8")
     metrics = results["metrics"].values()

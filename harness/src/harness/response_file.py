@@ -28,6 +28,17 @@ class Said(NamedTuple):
     ended: bool
 
 
+def claim(out: Path, overwrite: bool, dry_run: bool = False) -> None:
+    """Check and hold the file ``out``, before any work and on every rank; a dry run holds nothing.
+
+    Raises:
+        UserError: ``out`` may not be made, or another process is making it.
+    """
+    files.check_new(out, overwrite or dry_run)
+    if not dry_run:
+        distributed.lead(lambda: publish.hold(out))
+
+
 def identity(source: Path, settings: dict, texts: list[str]) -> dict:
     """What a resumed run must have in common with the interrupted one: the model at ``source``,
     ``settings`` and the prompts, beside versions."""
@@ -121,12 +132,14 @@ def _rows(partial: Path) -> dict[int, Said]:
     """Index -> response of all that are there; a line that was cut off is not one."""
     found = {}
     for path in partial.glob("*.jsonl"):
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                index, *row = json.loads(line)
-            except ValueError:
+                index, text, tokens, ended = json.loads(line)
+            except (ValueError, TypeError):
                 continue
-            found[index] = Said(*row)
+            kinds = (int, str, int, bool)
+            if all(map(isinstance, (index, text, tokens, ended), kinds)) and index >= 0:
+                found[index] = Said(text, tokens, ended)
     return found
 
 
@@ -135,7 +148,7 @@ def _open(out: Path, partial: Path, file: Path, run: dict, resume: bool) -> set[
     publish.hold(out)
     rows = _rows(partial) if resume and file.is_file() else {}
     if rows:
-        writer.refuse_other_run(partial, files.read_json(file), run)
+        writer.refuse_other_run(partial, writer.read_state(file), run)
     # One file of what all ranks had: the next run may have other ranks.
     kept = partial / "kept.jsonl"
     partial.mkdir(parents=True, exist_ok=True)

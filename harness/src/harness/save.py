@@ -1,5 +1,6 @@
 """Write a model that is whole in memory as a checkpoint: beside its place, then renamed."""
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -92,12 +93,14 @@ def _save_weights(model, source: Path, staging: Path) -> None:
     state = model.state_dict() | {n: found.read(n) for n in extra} if extra else None
     # It refuses to save settings that it has loaded, those of Llama 2's chat models among them.
     own, model.generation_config = getattr(model, "generation_config", None), GenerationConfig()
+    config, model.config = model.config, copy.copy(model.config)
+    object.__setattr__(model.config, "save_pretrained", lambda folder: None)  # some are refused too
     try:
         model.save_pretrained(staging, max_shard_size="5GB", state_dict=state)
     except Exception as error:
         raise publish.disk_error(staging, error) from error
     finally:
-        model.generation_config = own
+        model.generation_config, model.config = own, config
     (staging / "generation_config.json").unlink(missing_ok=True)
 
 

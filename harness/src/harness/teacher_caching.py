@@ -17,7 +17,6 @@ from harness import (
     card,
     distributed,
     example_sets,
-    files,
     hashes,
     publish,
     teacher_cache,
@@ -28,9 +27,12 @@ from harness.progress import track
 from harness.validation import inputs_of
 
 
-def check(out: Path, overwrite: bool, batch: int) -> None:
-    """Raise :class:`UserError` unless ``out`` may be made, ``batch`` examples at a time."""
+def check(out: Path, overwrite: bool, batch: int, dry_run: bool = False) -> None:
+    """Raise :class:`UserError` unless ``out`` may be made, ``batch`` examples at a time; hold
+    it, unless this is a dry run."""
     publish.check_place(out)
+    if not dry_run:
+        distributed.lead(lambda: publish.hold(out))
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
     if out.exists() and not (out / teacher_cache.NOTE).is_file():
@@ -146,7 +148,7 @@ def probabilities(
 def _open(out: Path, partial: Path, file: Path, identity: dict, resume: bool) -> None:
     publish.hold(out)
     if resume and file.is_file() and any(partial.glob("shard-*")):
-        writer.refuse_other_run(partial, files.read_json(file), identity)
+        writer.refuse_other_run(partial, writer.read_state(file), identity)
     else:
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from harness import checkpoint, distributed, engine, files, masks, precision, publish, save, writer
+from harness import checkpoint, distributed, engine, masks, precision, publish, save, writer
 from harness.engine import Diverged, Training
+from harness.errors import UserError
 from harness.meter import Meter
 from harness.tensors import Weights
 
@@ -218,10 +219,12 @@ class _Run:
     def _open(self, identity: dict, overwrite: bool, resume: bool) -> None:
         writer.begin(self.out, overwrite)
         if resume and self.file.is_file() and (self.states / "state.json").is_file():
-            writer.refuse_other_run(self.partial, files.read_json(self.file), identity)
+            writer.refuse_other_run(self.partial, writer.read_state(self.file), identity)
             return
         self.forget()
         self.states.mkdir(parents=True)
+        for folder in (self.partial, self.states):
+            engine.keep_to_user(folder)
         publish.write_text(self.file, json.dumps(identity, indent=1))
 
     def forget(self) -> None:
@@ -234,11 +237,15 @@ class _Run:
             return Progress()
         distributed.say(f"resuming: {state['progress']['step']} steps are done")
         progress = Progress(**state["progress"])
+        best = self._best(progress.best_step)
+        if progress.best_step is not None and writer.mark(best) != state.get("best"):
+            raise UserError(f"{best} is damaged; start again with --no-resume.")
         self.saved_best = progress.best_step
         return progress
 
     def save(self, running, progress: Progress) -> None:
-        engine.save_state(running, self.states, {"progress": asdict(progress)})
+        state = {"progress": asdict(progress), "best": writer.mark(self._best(progress.best_step))}
+        engine.save_state(running, self.states, state)
         self.saved_best = progress.best_step
         distributed.lead(self._forget_worse)
 

@@ -18,19 +18,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from harness import __version__, bitmask, files, formats, hashes, publish, weight_files
+from harness import (
+    __version__,
+    bitmask,
+    distributed,
+    files,
+    formats,
+    hashes,
+    publish,
+    recipe,
+    side_files,
+    weight_files,
+)
 from harness.errors import UserError
 
 VERSIONS = ("torch", "transformers", "compressed-tensors")
-# Of a checkpoint's files those that go with every model made of it, by pattern; and by the
-# beginning of the name in any case.
-SIDE_FILES = (
-    "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "*.jinja", "special_tokens_map.json", "added_tokens.json", "normalizer.json",
-    "chat_template*.json", "*processor_config.json", "*.py",
-)  # fmt: skip
-LEGAL = ("licen", "notice", "copying", "use_policy")
-SIDE_FOLDERS = ("additional_chat_templates",)
 
 
 def fingerprint(folder: Path, windows: torch.Tensor | None, settings: dict) -> dict:
@@ -76,23 +78,36 @@ class Writer:
         if not lead:
             return
         begin(self.out, overwrite)
-        self.state = json.loads(json.dumps(run)) | {"log": []}
+        self.state = json.loads(json.dumps(run)) | {"log": [], "shards": []}
         if not resume:
             self._forget()
-        before = self._read_state() if any(self.partial.glob("model-*.safetensors")) else None
-        if before:
-            begun = {part: value for part, value in before.items() if part != "log"}
+        if self.identity_file.is_file() and any(self.partial.glob("model-*.safetensors")):
+            before = read_state(self.identity_file)
+            begun = {part: v for part, v in before.items() if part not in ("log", "shards")}
             refuse_other_run(self.partial, begun, run)
-            self.state = before
+            self.state = self._checked(before)
         else:
             self._forget()
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._write_state()
+        self._write_state()
         self.partial.mkdir(parents=True, exist_ok=True)
         # Half-written files, under our names or the safetensors library's, and what finish() makes.
-        shards = {self.shard(index) for index in range(blocks + 1)}
+        shards = {self.shard(1 + index) for index in range(self.finished)}
         for leftover in set(self.partial.iterdir()) - shards:
-            leftover.unlink()
+            remove(leftover)
+
+    def _checked(self, state: dict) -> dict:
+        """``state`` up to the first block that is not on the disk as it was written."""
+        good, log, marks = 0, state.get("log"), state.get("shards")
+        if not (isinstance(log, list) and isinstance(marks, list)):
+            return state | {"log": [], "shards": []}
+        for _, marked in zip(log[: self.blocks], marks, strict=False):
+            paths = (self.shard(1 + good), self._side_part(good))
+            if marked != [mark(path) for path in paths]:
+                distributed.say(f"{paths[0]} is not whole; it is made again")
+                break
+            good += 1
+        return state | {"log": log[:good], "shards": marks[:good]}
 
     def _forget(self) -> None:
         self.identity_file.unlink(missing_ok=True)
@@ -111,13 +126,6 @@ class Writer:
                 publish.release(self.out)
             raise
 
-    def _read_state(self) -> dict | None:
-        """What is known of the run that began; None where that is lost."""
-        try:
-            return files.read_json(self.identity_file)
-        except UserError:
-            return None
-
     def _write_state(self) -> None:
         publish.write_text(self.identity_file, json.dumps(self.state, indent=1))
 
@@ -127,9 +135,8 @@ class Writer:
 
     @property
     def finished(self) -> int:
-        """How many blocks, counted from the first, are on disk."""
-        undone = (i for i in range(self.blocks) if not is_whole(self.shard(1 + i)))
-        return next(undone, self.blocks)
+        """How many blocks, counted from the first, are on disk; 0 where rank 0 knows."""
+        return len(self.state["shards"]) if self.lead else 0
 
     def write_block(
         self,
@@ -142,12 +149,16 @@ class Writer:
         ``side`` what :meth:`finish` collects from all blocks."""
         # Not in the shard's metadata: the library writes two keys in an order of its own choice,
         # and results would differ from run to run.
-        self.state["log"][index:] = [rows]
-        self._write_state()
-        if side:  # first, because a block with a shard counts as finished
+        shard, part = self.shard(1 + index), self._side_part(index)
+        part.unlink(missing_ok=True)
+        if side:
             self.side_folder.mkdir(exist_ok=True)
-            save_tensors(self._side_part(index), side)
-        save_tensors(self.shard(1 + index), tensors)
+            save_tensors(part, side)
+        save_tensors(shard, tensors)
+        # Last, because this is what makes a block count as finished.
+        self.state["log"][index:] = [rows]
+        self.state["shards"][index:] = [[mark(shard), mark(part)]]
+        self._write_state()
 
     def _side_part(self, index: int) -> Path:
         return self.side_folder / f"{index + 1:05d}.safetensors"
@@ -156,7 +167,7 @@ class Writer:
         """Physical tensors and log rows of a finished block."""
         with safe_open(self.shard(1 + index), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, self._read_state()["log"][index]
+        return tensors, read_state(self.identity_file)["log"][index]
 
     def finish(
         self,
@@ -200,6 +211,31 @@ class Writer:
         return self.out
 
 
+def mark(path: Path) -> str | None:
+    """What tells whether a finished file is still what it was; None where there is none."""
+    return hashes.sample_hash(path) if path.is_file() else None
+
+
+def remove(path: Path) -> None:
+    """A file or a whole folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def read_state(file: Path) -> dict:
+    """What a run that was interrupted noted in ``file``, OUT.partial.json.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return files.read_json(file)
+    except UserError as error:
+        raise UserError(f"{error} Start afresh with --no-resume.") from error
+
+
 def is_whole(shard: Path) -> bool:
     """Whether a file is there with all of its bytes: a loss of power can leave a name without."""
     try:
@@ -236,6 +272,35 @@ def put_in_place(made: Path, out: Path, overwrite: bool) -> Path:
     return publish.swap(made, out)
 
 
+def claim(out: Path, source: Path, overwrite: bool, dry_run: bool = False) -> None:
+    """:func:`begin`, before any work and on every rank, what makes the checkpoint ``out`` of
+    ``source``; a dry run holds nothing.
+
+    Raises:
+        UserError: as there, ``out`` is the model or in its folder, or what the result takes over
+            from ``source`` cannot be read.
+    """
+    publish.check_place(out)
+    _check_apart(out, source)
+    _side_files(source)
+    recipe.steps(source)
+    if dry_run:
+        check_out(out, overwrite=True)
+    else:
+        distributed.lead(lambda: begin(out, overwrite))
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    """Refuse to replace the model that is read, or to write in its folder."""
+    made, read = out.resolve(), source.resolve()
+    if made == read:
+        raise UserError(f"{out} is the model itself; choose another --out.")
+    if read in made.parents:
+        raise UserError(f"{out} is in the model's own folder; choose another --out.")
+    if made in read.parents and made.exists():
+        raise UserError(f"the model {source} is in {out}; choose another --out.")
+
+
 def begin(out: Path, overwrite: bool) -> None:
     """Hold ``out`` for a run that may make it.
 
@@ -258,6 +323,8 @@ def check_out(out: Path, overwrite: bool) -> None:
     if not overwrite:
         _sweep(out)
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
+    if out.is_symlink():
+        raise UserError(f"{out} is a link to {out.resolve()}; name that as --out to replace it.")
     if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
         raise UserError(f"{out} is not a checkpoint folder; --overwrite will not delete it.")
 
@@ -285,11 +352,7 @@ def side_bytes(source: Path) -> int:
 
 
 def _side_files(source: Path) -> list[Path]:
-    found = {path for pattern in SIDE_FILES for path in source.glob(pattern)}
-    found |= {path for path in source.iterdir() if path.name.lower().startswith(LEGAL)}
-    found |= {path for folder in SIDE_FOLDERS for path in (source / folder).glob("*")}
-    names = sorted(p.relative_to(source).as_posix() for p in found if not p.is_dir())
-    return [files.regular(source, name) for name in names]
+    return [source / name for name in side_files.names(source)]
 
 
 def save_tensors(

@@ -1,5 +1,6 @@
 """kill -9 at random moments, the same command again: the bytes of an undisturbed run."""
 
+import json
 import os
 import random
 import signal
@@ -64,3 +65,27 @@ def test_the_command_itself(inputs, tmp_path):
         tmp_path / "straight" / "out"
     )
     assert start(tmp_path / "killed").wait() == 2  # not without --overwrite
+
+
+def test_of_two_runs_with_one_name_one_is_refused(inputs, tmp_path):
+    """With other settings, which must not meet in one result."""
+    command = [
+        "-m",
+        "gptq",
+        *inputs,
+        "--seqlen",
+        "32",
+        "--nsamples",
+        "64",
+        "--out",
+        tmp_path / "out",
+    ]
+    ended = runs.begun_at_once(*([*command, "--wbits", bits] for bits in (3, 4)))
+    assert sorted(code for code, _ in ended) == [0, 2], ended
+    lost = next(errors for code, errors in ended if code)
+    assert "another run is writing" in lost or "out exists" in lost, lost
+    assert "Traceback" not in lost
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    bits = config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"]
+    assert bits == (3 if ended[0][0] == 0 else 4)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

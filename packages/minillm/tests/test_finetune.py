@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import datasets
 import families
@@ -336,3 +337,20 @@ def test_the_published_rate_is_chosen_and_said(place, tmp_path, capsys):
     assert main(list(map(str, words))) == 0
     assert "2 steps of 32 examples" in capsys.readouterr().err  # 16 times 2, in one process
     assert "memory: about" in shown.out and not (tmp_path / "out").exists()
+
+
+def test_settings_that_transformers_would_not_write_and_a_foreign_recipe(place, tmp_path):
+    """Both are carried over, and a run of hours does not end on them."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(place / "llama", source)
+    files = {
+        "generation_config.json": '{"do_sample": false, "temperature": 0.9}', "NOTICE": "theirs",
+        "preprocessor_config.json": "{}", "recipe.yaml": "default_stage: {}\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (source / name).write_text(text)
+    run(place, out, model=source, steps=1)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())["steps"]
+    assert recipe[0] == {"method": "another tool's recipe", "recipe": files.pop("recipe.yaml")}
+    assert len(recipe) == 2
+    assert {name: (out / name).read_text() for name in files} == files

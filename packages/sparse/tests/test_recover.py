@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import families
 import pytest
@@ -345,3 +346,21 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(place, tmp_path, capsy
     )
     assert f"recover (lora): {trained / 1e6:.2f} of" in captured.out
     assert "steps of 8" in captured.err and list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_transformers_would_not_write_and_a_foreign_recipe(place, tmp_path):
+    """Both are carried over, and a run of hours does not end on them."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(place / "llama", source)
+    files = {
+        "generation_config.json": '{"do_sample": false, "temperature": 0.9}', "NOTICE": "theirs",
+        "preprocessor_config.json": "{}", "recipe.yaml": "default_stage: {}\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (source / name).write_text(text)
+    words = [source, "--dataset", place / "text.txt", "--max_steps", 1, "--cutoff_len", 32]
+    assert main([str(word) for word in [*words, "--out", out]]) == 0
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())["steps"]
+    assert recipe[0] == {"method": "another tool's recipe", "recipe": files.pop("recipe.yaml")}
+    assert len(recipe) == 2
+    assert {name: (out / name).read_text() for name in files} == files

@@ -124,8 +124,7 @@ def train_blocks(
         "block-ap", settings, None, side_file=result.FILE,
         side_note={result.NOTE: result.note(grid)},
     )  # fmt: skip
-    if not dry_run:
-        writer.check_out(out, overwrite)
+    writer.claim(out, folder, overwrite, dry_run)
     windows, calibrated = calibration.draw(
         decoder, dataset, nsamples=nsamples + val_size, seqlen=seqlen, seed=seed,
         bos="none" if dry_run else bos, held_out=val_size,

@@ -67,7 +67,7 @@ def cache(args) -> dict | None:
 
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
-    teacher_caching.check(out, args.overwrite or args.dry_run, args.batch_size)
+    teacher_caching.check(out, args.overwrite or args.dry_run, args.batch_size, args.dry_run)
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise UserError(f"--max_train_samples {args.max_train_samples}: at least 1.")
     config = checkpoint.load_config(source)

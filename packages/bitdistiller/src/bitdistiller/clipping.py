@@ -93,8 +93,7 @@ def clip(
     decoder.ignore(ignore)
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
-    if not dry_run:
-        writer.check_out(Path(out), overwrite)
+    writer.claim(Path(out), folder, overwrite, dry_run)
     if seqlen is None:
         seqlen = min(SEQLEN, window_length(decoder.config))
     windows, calibrated = calibration.draw(

@@ -47,6 +47,7 @@ def export(
     preflight.check(decoder, grids.grid, layout, out)
     if layout == "gptq":
         _check_scales(grids)
+    writer.claim(out, folder, overwrite, dry_run)
     settings = {"format": layout}
     if grids.grid is not None:
         settings |= {"bits": grids.grid.bits, "group_size": grids.grid.group_size}
@@ -54,7 +55,6 @@ def export(
     if dry_run:
         print_plan(decoder, method, out, 0)
         return []
-    writer.check_out(out, overwrite)
     rows = sequential.compress(
         decoder, method, out, base=_base(folder), command=command, overwrite=overwrite,
         resume=resume,

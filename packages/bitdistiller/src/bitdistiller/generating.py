@@ -12,7 +12,7 @@ from harness.vllm_loading import INSTALL, dtype_for
 
 from bitdistiller import lengths
 from bitdistiller import prompts as sets
-from harness import checkpoint, distributed, example_sets, files, response_file, responses
+from harness import checkpoint, distributed, example_sets, response_file, responses
 
 BATCH = {"transformers": 16, "vllm": 1024}
 NEW_TOKENS = 1024
@@ -47,7 +47,7 @@ def generate(args) -> str | None:
     args.dtype = dtype_for(args.engine, args.dtype, source, device, model)
     sampling = responses.Sampling(new, args.temperature, args.top_p)
     out = Path(args.out) if args.out else Path(args.out_path or "") / _name(args, names, counts)
-    files.check_new(out, args.overwrite or args.dry_run)
+    response_file.claim(out, args.overwrite, args.dry_run)
     distributed.say(f"engine: {args.engine}, at most {new} new tokens")
     tokenizer = checkpoint.load_tokenizer(source)
     asked = []  # (set, text, token ids)

@@ -69,6 +69,7 @@ def mix(args) -> str:
     """
     out = Path(args.out)
     files.check_new(out, args.overwrite)
+    publish.hold(out)
     if args.max_sample is not None and args.max_sample < 1:
         raise UserError(f"--max_sample {args.max_sample}: at least 1.")
     found = [row for name in args.data for row in read(Path(name))]
@@ -91,7 +92,6 @@ def mix(args) -> str:
     fields = ({k: v for k, v in row._asdict().items() if v is not None} for row in kept)
     text = "".join(json.dumps(row) + "\n" for row in fields)
     out.parent.mkdir(parents=True, exist_ok=True)
-    publish.hold(out)
     publish.write_text(out, text)
     publish.release(out)
     table = lengths.table(seen, "characters")

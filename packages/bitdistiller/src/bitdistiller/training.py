@@ -61,7 +61,7 @@ def train(args) -> dict | None:
     device = engine.launch(checkpoint.pick_device(args.device))
     out, source = Path(args.out), checkpoint.resolve(args.model)
     config = checkpoint.load_config(source)
-    writer.check_out(out, args.overwrite or args.dry_run)
+    writer.claim(out, source, args.overwrite, args.dry_run)
     result.check_dense(source)
     ranges = _ranges(args, source, grid)
     tokenizer = checkpoint.load_tokenizer(source)

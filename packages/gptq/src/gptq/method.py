@@ -103,8 +103,7 @@ def quantize(
     )
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
-    if not dry_run:
-        writer.check_out(Path(out), overwrite)
+    writer.claim(Path(out), folder, overwrite, dry_run)
     windows = calibrated = None
     if nearest:
         method.update = _nearest_update(grid, dtypes["scale_dtype"])

@@ -28,7 +28,7 @@ def cache(args) -> dict | None:
     """
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
-    teacher_caching.check(out, args.overwrite or args.dry_run, args.batch_size)
+    teacher_caching.check(out, args.overwrite or args.dry_run, args.batch_size, args.dry_run)
     if args.train_num is not None and args.train_num < 1:
         raise UserError(f"--train-num {args.train_num}: at least 1.")
     configs = [checkpoint.load_config(source)]

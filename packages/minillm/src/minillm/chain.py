@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 
-from harness import card, checkpoint, report
+from harness import checkpoint, recipe, report
 from minillm import presets
 
 
@@ -129,7 +129,7 @@ def run(args) -> list[dict] | None:
 def _made_by(step: Step) -> str | None:
     """The command that made a step's checkpoint; None where there is none. What an evaluation has
     measured it knows itself."""
-    steps = card.steps_of(step.result)
+    steps = recipe.steps(step.result)
     return str(steps[-1].get("command")) if steps else None
 
 

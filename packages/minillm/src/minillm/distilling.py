@@ -42,9 +42,7 @@ def train(args) -> dict | None:
     objective = _objective(args)
     device = engine.launch(checkpoint.pick_device(args.device))
     out, source = Path(args.out), checkpoint.resolve(args.model)
-    writer.check_out(out, args.overwrite or args.dry_run)
-    if out.exists() and out.samefile(source):
-        raise UserError(f"{out} is the student itself; choose another --out.")
+    writer.claim(out, source, args.overwrite, args.dry_run)
     columns = models.shared_columns(args.teacher, args.model)
     folders = [source, checkpoint.resolve(args.teacher)]
     configs = [checkpoint.load_config(folder) for folder in folders]

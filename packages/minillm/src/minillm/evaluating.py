@@ -17,7 +17,7 @@ from harness.rouge import rouge_l
 from harness.tensors import Weights
 from harness.vllm_loading import dtype_for
 
-from harness import card, checkpoint, distributed, precision, report, responses
+from harness import card, checkpoint, distributed, precision, publish, report, responses
 from minillm import eval_sets, generating
 
 SHOWN = 3  # responses that are kept for a look
@@ -54,6 +54,9 @@ def evaluate(args) -> tuple[dict, Path] | None:
     named = Path(args.model).resolve().name
     where = SimpleNamespace(out=args.out, model=args.model, load=None)
     path = harness.evaluate.results_path(where, source, named)
+    publish.check_place(path)
+    if not args.dry_run:
+        distributed.lead(lambda: publish.hold(path))
     results = distributed.lead(
         lambda: harness.evaluate.open_results(path, named, source, args.overwrite)
     )

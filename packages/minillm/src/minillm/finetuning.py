@@ -53,9 +53,7 @@ def finetune(args) -> dict | None:
     device = engine.launch(checkpoint.pick_device(args.device))
     out, source = Path(args.out), checkpoint.resolve(args.model)
     config = checkpoint.load_config(source)
-    writer.check_out(out, args.overwrite or args.dry_run)
-    if out.exists() and out.samefile(source):
-        raise UserError(f"{out} is the model itself; choose another --out.")
+    writer.claim(out, source, args.overwrite, args.dry_run)
     contexts = [context_length(config)]
     columns = None
     if args.teacher:

@@ -6,7 +6,7 @@ from harness.errors import UserError
 from harness.perplexity import context_length
 from harness.vllm_loading import dtype_for
 
-from harness import checkpoint, distributed, example_sets, files, response_file, responses
+from harness import checkpoint, distributed, example_sets, response_file, responses
 from minillm import flags
 
 BATCH = {"transformers": 16, "vllm": 1024}
@@ -25,7 +25,7 @@ def generate(args) -> dict[str, int] | None:
     """
     device = distributed.start(checkpoint.pick_device(args.device))
     source, out = checkpoint.resolve(args.model), Path(args.out)
-    files.check_new(out, args.overwrite or args.dry_run)
+    response_file.claim(out, args.overwrite, args.dry_run)
     if args.gen_num is not None and args.gen_num < 1:
         raise UserError(f"--gen-num {args.gen_num}: at least 1.")
     args.dtype = dtype_for(args.engine, args.dtype, source, device, args.model)

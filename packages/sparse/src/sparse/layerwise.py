@@ -111,8 +111,7 @@ def prune(
         raise UserError("the gptq format holds all linears or none; use compressed-tensors.")
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
-    if not dry_run:
-        writer.check_out(Path(out), overwrite)
+    writer.claim(Path(out), folder, overwrite, dry_run)
 
     settings = {
         "sparsity": goal.sparsity, "prunen": goal.n, "prunem": goal.m, "ratios": ratios,

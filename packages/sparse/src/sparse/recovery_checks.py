@@ -55,9 +55,7 @@ def check_source(weights, model: str, out: Path, overwrite: bool, dry_run: bool)
             f"{model} is quantized ({weights.layout}), and training would undo that; recover the "
             "pruned model first and quantize the result."
         )
-    if out.exists() and out.samefile(weights.folder):
-        raise UserError(f"{out} is the model itself; choose another --out.")
-    writer.check_out(out, overwrite or dry_run)
+    writer.claim(out, weights.folder, overwrite, dry_run)
     if weights.layout != "dense":
         distributed.say(
             f"{model} is stored as {weights.layout}; the result is written dense (harness convert "

@@ -75,8 +75,7 @@ def prune(
     folder = checkpoint.resolve(model)
     decoder = Decoder(folder, device=device, dtype=dtype, name=model)
     preflight.check(decoder, None, "dense", Path(out))
-    if not dry_run:
-        writer.check_out(Path(out), overwrite)
+    writer.claim(Path(out), folder, overwrite, dry_run)
     settings = {"pruning_ratio": pruning_ratio, "level": level}
     if level == "layer":
         settings = {"level": level, "layer": layer}

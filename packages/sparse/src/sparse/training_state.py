@@ -11,12 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from harness.errors import UserError
 from safetensors import safe_open
 from torch import nn
 
-from harness import distributed, files, publish, writer
+from harness import distributed, publish, writer
 from sparse.training import Progress
 
+NOTED = ("state", "progress", "marks")  # in OUT.partial.json, beside what run it is
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -37,11 +39,15 @@ class Store:
         """The record of the run that is to be gone on with, or None."""
         writer.begin(self.out, overwrite)
         if resume and self.file.is_file():
-            record = files.read_json(self.file)
-            begun = {part: v for part, v in record.items() if part not in ("state", "progress")}
+            record = writer.read_state(self.file)
+            begun = {part: v for part, v in record.items() if part not in NOTED}
             writer.refuse_other_run(self.partial, begun, self.identity)
-            if (self.partial / record.get("state", "")).is_file():
-                return record
+            for name, marked in record["marks"].items():
+                if writer.mark(self.partial / name) != marked:
+                    raise UserError(
+                        f"{self.partial / name} is damaged; start again with --no-resume."
+                    )
+            return record
         self.forget()
         self.partial.mkdir(parents=True)
         return None
@@ -84,9 +90,12 @@ class Store:
                         tensors[f"{key}:{name}"] = optimizer.state[parameter][key]
             state = f"state-{progress.step:07d}.safetensors"
             writer.save_tensors(self.partial / state, tensors)
-            record = {**self.identity, "state": state, "progress": asdict(progress)}
-            publish.write_text(self.file, json.dumps(record, indent=1))
             needed = {state, self._best(progress.best_step)}
+            marks = {name: writer.mark(self.partial / name) for name in sorted(needed)}
+            record = self.identity | {
+                "state": state, "progress": asdict(progress), "marks": marks
+            }  # fmt: skip
+            publish.write_text(self.file, json.dumps(record, indent=1))
             for path in self.partial.iterdir():
                 if path.name not in needed and path.is_file():
                     path.unlink()
