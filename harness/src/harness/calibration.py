@@ -93,7 +93,10 @@ def choose(
     headed[:, 0] = token
     if torch.equal(plain, headed):
         return False
-    before, after = (perplexity_of_logits(logits(w), w, "BOS?").value for w in (plain, headed))
+    try:
+        before, after = (perplexity_of_logits(logits(w), w, "BOS?").value for w in (plain, headed))
+    except UserError:  # NaN logits: the work itself says where they begin
+        return False
     helps = distributed.broadcast_object(after < HELPS * before)
     if helps:
         distributed.say(

@@ -8,6 +8,7 @@ after a loss of power a name stands for all of its bytes.
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import stat
@@ -64,6 +65,21 @@ def release(out: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is locked: whoever opened it sees that it is gone
         os.close(handle)
+
+
+def releasing(function):
+    """A decorator: an error of ``function`` gives back what this process holds. For what is called
+    from Python; commands do so at their end."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            release_all()
+            raise
+
+    return wrapped
 
 
 def release_all() -> None:

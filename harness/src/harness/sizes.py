@@ -187,8 +187,8 @@ def ordinary(raw: dict, shapes: dict[str, tuple[int, ...]], changes: dict) -> di
 
     Args:
         shapes: of tensors by model name.
-        changes: of "heads", "kv_heads", "head_dim", "channels", "hidden_size", "layers", "eps"
-            those that are wanted.
+        changes: of "heads", "kv_heads", "head_dim", "channels", "hidden_size", "layers" (with
+            "layers_before"), "eps" those that are wanted.
     """
     candidates = [raw]
     if raw.get("model_type") == "llama" and not raw.get("attention_bias") | raw.get("mlp_bias"):
@@ -204,10 +204,14 @@ def ordinary(raw: dict, shapes: dict[str, tuple[int, ...]], changes: dict) -> di
 
 
 def with_fields(raw: dict, changes: dict) -> dict:
-    """``raw``, a config.json, with ``changes`` (see :func:`ordinary`) under its family's names."""
+    """``raw``, a config.json, with ``changes`` (see :func:`ordinary`) under its family's names; of
+    an image-text model in its text part."""
     from transformers import AutoConfig
 
     own = AutoConfig.for_model(raw["model_type"])
+    if isinstance(raw.get("text_config"), dict):
+        text = {"model_type": own.get_text_config().model_type} | raw["text_config"]
+        return raw | {"text_config": with_fields(text, changes)}
     renamed = getattr(own, "attribute_map", {})
     result = dict(raw)
     names = {
@@ -218,11 +222,13 @@ def with_fields(raw: dict, changes: dict) -> dict:
         "hidden_size": [renamed.get("hidden_size", "hidden_size")],
         "layers": [renamed.get("num_hidden_layers", "num_hidden_layers")],
         "eps": ["rms_norm_eps"],
+        "layers_before": [],
     }
     for what, value in changes.items():
         result |= dict.fromkeys(names[what], value)
     if "layers" in changes:
-        before = raw.get(names["layers"][0])
+        # Some families have no number of blocks, only a list of their kinds.
+        before = raw.get(names["layers"][0]) or changes.get("layers_before")
         for name, value in raw.items():
             if isinstance(value, list) and len(value) == before:  # layer_types
                 result[name] = value[: changes["layers"]]
@@ -246,4 +252,13 @@ def config_of(raw: dict):
     """The transformers config of a config.json's contents."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(**raw)
+    return type(AutoConfig.for_model(raw["model_type"])).from_dict(_numbers(raw))
+
+
+def _numbers(value):
+    """JSON's contents with the numbers that JSON lacks, as transformers writes them there."""
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    return [_numbers(inner) for inner in value] if isinstance(value, list) else value

@@ -243,7 +243,7 @@ def test_zeros_of_a_pruned_matrix_stay_and_the_rest_repays(symmetric, by_diagona
     expected, error = paper(weight, hessian, grid, order, static=True, masked=zeros)
     assert (values[zeros] == 0).all() and (values[~zeros] != 0).any()
     assert ((values - expected).abs() > 1e-4).float().mean() < 0.02
-    assert loss.sum().item() == pytest.approx(error, rel=0.02)
+    assert loss.sum().item() == pytest.approx(error, rel=0.1)
     # Rounding to nearest keeps the zeros too, and nothing repays; without the mask they are lost.
     plain = nearest(weight, grid, torch.float32).dequantize(torch.float32)
     assert error < objective(weight, plain, hessian)

@@ -6,7 +6,9 @@ from pathlib import Path
 import families
 import pytest
 import torch
+import transformers
 import yaml
+from harness.decoder import stream_logits
 from harness.footprint import stored_size
 from harness.macs import macs_per_token, skeleton
 from harness.perplexity import perplexity
@@ -198,3 +200,43 @@ def test_a_smaller_model_decodes_faster(tmp_path):
     lengths = {"prompt": 16, "new": 12, "repeats": 3}
     before, after = (speed.measure(model, **lengths) for model in (dense, small))
     assert after.decode_tokens_s > 1.5 * before.decode_tokens_s
+
+
+ODD = {
+    "hybrid": ("NemotronHConfig", {
+        "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
+        "n_groups": 1, "chunk_size": 8,
+        "layers_block_type": ["mamba", "attention", "mamba", "attention"]}),
+    "image-text": ("Gemma3Config", {
+        "text_config": families.GQA | {"num_hidden_layers": 4, "head_dim": 8},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5,
+                          "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+                          "vision_use_head": False},
+        "mm_tokens_per_image": 4, "image_token_index": 280}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["--block_wise"], ["--layer_wise", "--layer", "2"]])
+@pytest.mark.parametrize("kind", ODD)
+def test_hybrids_and_image_text_models_get_smaller(tmp_path, kind, words):
+    """Nemotron-H's config holds Infinity and no number of blocks; of Gemma 3 only the text part
+    loses anything."""
+    config, arguments = ODD[kind]
+    arguments = arguments if kind == "image-text" else families.GQA | arguments
+    config = getattr(transformers, config)(**arguments)
+    model = sizes.model_class(config)._from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    families.save_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(families.TEXT * 60)
+    out = tmp_path / "out"
+    words = [*words, "--pruning_ratio", "0.25", "--num_examples", "2", "--max_seq_len", "32"]
+    words += ["--dtype", "float32", "--out", str(out)]
+    assert main([str(tmp_path / "model"), str(tmp_path / "text.txt"), *words]) == 0
+    ids = families.windows(2)
+    with torch.no_grad():
+        whole = checkpoint.load_model(out, dtype="float32")(ids, use_cache=False).logits
+    assert torch.equal(torch.cat([x for _, x in stream_logits(out, ids)]), whole)
+    before, after = (sum(p.numel() for p in m.parameters())
+                     for m in (model, checkpoint.load_model(out)))  # fmt: skip
+    # By default the first blocks are left alone, which is all that this hybrid has.
+    assert after < before or (kind, words[0]) == ("hybrid", "--block_wise")

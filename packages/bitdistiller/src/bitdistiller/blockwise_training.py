@@ -31,7 +31,17 @@ from torch import nn
 from bitdistiller import clips, result, student
 from bitdistiller.clipping import open_decoder
 from bitdistiller.quantizer import FakeQuantLinear
-from harness import calibration, checkpoint, hashes, masks, memory, preflight, sequential, writer
+from harness import (
+    calibration,
+    checkpoint,
+    hashes,
+    masks,
+    memory,
+    preflight,
+    publish,
+    sequential,
+    writer,
+)
 
 LOWEST_RATE = 1 / 20  # of the first one, at the end of the cosine
 STEP = 1.25  # time of a training step with fake quantization over that without, for --dry-run
@@ -55,6 +65,7 @@ class Plan:
     held_out: int
 
 
+@publish.releasing
 def train_blocks(
     model: str,
     dataset: str = "pileval",

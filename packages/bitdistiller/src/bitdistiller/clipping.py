@@ -40,6 +40,7 @@ SEQLEN = 1024
 KINDS = {"int": None, "nf3": 3, "nf4": 4}
 
 
+@publish.releasing
 def clip(
     model: str,
     dataset: str = "pileval",

@@ -10,9 +10,10 @@ from harness.sequential import LOG, Method, Update
 from harness.tensors import Weights
 
 from bitdistiller import result
-from harness import files, precision, preflight, readers, sequential, writer
+from harness import files, precision, preflight, publish, readers, sequential, writer
 
 
+@publish.releasing
 def export(
     folder: str | Path,
     layout: str = "compressed-tensors",

@@ -18,6 +18,7 @@ from harness import (
     formats,
     masks,
     preflight,
+    publish,
     sequential,
     writer,
 )
@@ -25,6 +26,7 @@ from harness import (
 ROWS_FOR_NORM = 256
 
 
+@publish.releasing
 def quantize(
     model: str,
     dataset: str | None = None,

@@ -9,7 +9,16 @@ from harness.grid import Grid
 from harness.hessian import Hessian
 from harness.stages import get_matrix, linears
 
-from harness import calibration, checkpoint, distributed, formats, preflight, sequential, writer
+from harness import (
+    calibration,
+    checkpoint,
+    distributed,
+    formats,
+    preflight,
+    publish,
+    sequential,
+    writer,
+)
 from sparse import methods
 from sparse.command import PACKED
 from sparse.ratios import owl
@@ -19,6 +28,7 @@ FORMATS = ("dense", "bitmask", *PACKED)
 EVERY_BLOCK = 1000
 
 
+@publish.releasing
 def prune(
     model: str,
     dataset: str | None = None,

@@ -10,7 +10,7 @@ from harness.masks import SPARSE_FROM
 from harness.save import save_model
 from harness.tensors import Weights
 
-from harness import checkpoint, distributed, hashes, precision, training_data, writer
+from harness import checkpoint, distributed, hashes, precision, publish, training_data, writer
 from sparse import losses, tuning
 from sparse import recovery_checks as checks
 from sparse.training import Diverged, Plan, held_out_loss, train
@@ -32,6 +32,7 @@ class Result:
     rows: list[dict]
 
 
+@publish.releasing
 def recover(
     model: str,
     dataset: str,

@@ -97,7 +97,7 @@ def _config(decoder: Decoder, cut: Cut, entries: list[dict]) -> dict:
     if cut.layers < len(decoder):
         if sizes.KEY in raw:
             raw[sizes.KEY] = raw[sizes.KEY][: cut.layers]
-        return sizes.with_fields(raw, {"layers": cut.layers})
+        return sizes.with_fields(raw, {"layers": cut.layers, "layers_before": len(decoder)})
     head_dim = sizes.head_dim(decoder.config)
     if cut.holds:
         alive = cut.alive[HIDDEN]

@@ -13,13 +13,14 @@ from harness.decoder import Decoder
 from harness.errors import UserError, nearest
 from harness.perplexity import window_length
 
-from harness import checkpoint, data, distributed, precision, preflight, writer
+from harness import checkpoint, data, distributed, precision, preflight, publish, writer
 from sparse import cut as cuts
 from sparse import importance, scoring, selection, shrink
 
 LEVELS = ("block", "channel", "layer")
 
 
+@publish.releasing
 def prune(
     model: str,
     dataset: str | None = None,
