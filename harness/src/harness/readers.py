@@ -7,6 +7,7 @@ that the vLLM session serves.
 
 from collections.abc import Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from harness.errors import one_line
 from harness.grid import Grid
 
 IN_VLLM = {"dense": ("llama", "mistral"), "packed": ("llama",)}
+UNPACKS = (0, 20)  # the version of compressed-tensors that unpacks on the meta device
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -115,6 +117,8 @@ def fault_in_transformers(config, tensors: Mapping[str, torch.Tensor]) -> str | 
     """Why transformers does not make the model of ``config`` from ``tensors``, which may be on the
     meta device; None where it does."""
     quantization = getattr(config, "quantization_config", None)
+    if quantization and tuple(map(int, version("compressed-tensors").split(".")[:2])) < UNPACKS:
+        return None  # the older library of vLLM's environment cannot be asked so
     # With one scale per row compressed-tensors guesses the columns on the meta device.
     guessed = bool(quantization) and quantconfig.grid_of(quantization).group_size == -1
     try:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from harness import checkpoint, data, perplexity, precision
 from harness import decoder as decoder_module
 
-SETTINGS = {"n_samples": 5, "seqlen": 24, "q_group_size": 16}
+SETTINGS = {"n_samples": 5, "seqlen": 24, "q_group_size": 16, "bos": "none"}
 
 
 @pytest.fixture(autouse=True)
