@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import columns, distributed, files, hub, instruct, stdlib
+from harness import columns, files, hub, instruct, stdlib
 from harness.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def _file_text(dataset: str, split: str, tokenizer, most: int | None) -> str:
     source = _local(dataset)
     chosen, own = files.select(source, split)
     if not own and split == "train":
+        from harness import distributed  # torch, which nothing above needs
+
         distributed.say_once(
             f"note: {dataset} is one text for calibration and evaluation alike (a folder with "
             "train* and test* files keeps them apart)"
@@ -181,6 +183,8 @@ def calibration(
         return _drawn(tokenizer, dataset, documents, nsamples, seqlen, seed)
     text = corpus_text(dataset, "train", True, tokenizer=tokenizer, most=LONGEST)
     if len(text) > LONGEST:
+        from harness import distributed
+
         text = text[:LONGEST]
         distributed.say(f"{dataset}: windows are drawn from its first {LONGEST:,} characters")
     ids = _encode(tokenizer, text)
