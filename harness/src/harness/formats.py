@@ -28,6 +28,8 @@ from harness.errors import UserError
 from harness.grid import Grid, QuantizedWeight
 
 FORMATS = ("compressed-tensors", "gptq", "dense")
+# Of a matrix's rounding error, what groups of too small a scale may add to it.
+LOST = 0.1
 PRUNED_FORMATS = ("dense", "bitmask")
 GPTQ_BITS = (2, 3, 4, 8)
 
@@ -64,18 +66,22 @@ def split_names(names: Iterable[str], layout: str) -> tuple[set[str], set[str]]:
 
 
 def check_scales(name: str, matrix: torch.Tensor, grid: Grid) -> None:
-    """Raise :class:`UserError` where the scales that linear ``name`` [O, I] needs lie outside of
-    float16's ordinary numbers, in which the gptq layout stores them: a matrix of very small weights
-    would be erased, one of very large ones cut off."""
-    groups = matrix.abs().unflatten(1, (-1, grid.columns_per_group(matrix.shape[1])))
-    largest = groups.amax(dim=2).float()
-    scales = largest[largest > 0] / (grid.max_code / (2 if grid.symmetric else 1))
+    """Raise :class:`UserError` where float16 does not hold the scales that linear ``name`` [O, I]
+    needs: groups of very small weights would be erased, very large ones cut off.
+
+    Groups below float16's smallest ordinary number may be erased as long as what they hold is small
+    beside the rounding of the others: rows that are all but zero are nothing rare.
+    """
+    size = grid.columns_per_group(matrix.shape[1])
+    groups = matrix.float().unflatten(1, (-1, size))
+    scales = groups.abs().amax(dim=2) / (grid.max_code / (2 if grid.symmetric else 1))
     limits = torch.finfo(torch.float16)
-    if len(scales) and (scales.min() < limits.tiny or scales.max() > limits.max):
+    lost = groups[scales < limits.tiny].square().sum()
+    if scales.max() > limits.max or lost > LOST * size * scales.square().sum() / 12:
         raise UserError(
-            f"{name} needs scales from {scales.min():.2g} to {scales.max():.2g}; the gptq format "
-            f"stores float16, {limits.tiny:.2g} to {limits.max:.0f}. Use --format "
-            "compressed-tensors, or leave this linear dense there with --ignore."
+            f"{name} needs scales from {scales.min():.2g} to {scales.max():.2g}, which are stored "
+            f"as float16, {limits.tiny:.2g} to {limits.max:.0f}. Use --format compressed-tensors "
+            "with a model in bfloat16 or float32, or leave this linear dense with --ignore."
         )
 
 

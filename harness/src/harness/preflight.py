@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from harness import formats
 from harness.decoder import Decoder
 from harness.errors import UserError
@@ -29,8 +31,10 @@ def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
 
 
 def check_scales(decoder: Decoder, grid: Grid | None, layout: str) -> None:
-    """Refuse the gptq layout for weights whose scales float16 does not hold; reads every block."""
-    if layout != "gptq" or grid is None:
+    """Refuse weights whose scales float16 does not hold, where it stores them: in the gptq layout,
+    and of a float16 model. Reads every block."""
+    dtype = formats.scale_dtype(layout, decoder.stored_dtype)
+    if grid is None or dtype != torch.float16:
         return
     for index, block in enumerate(decoder.blocks):
         for name, module in linears(block).items():

@@ -104,3 +104,25 @@ def test_one_odd_linear_can_be_left_out(place, capsys):
     families.save("llama", "model", tokenizer=True, num_hidden_layers=2, hidden_size=64)
     words = ["model", "text.txt", *QUICK, "--ignore", "o_proj", "--format", "gptq", "--out", "x"]
     assert "has no place for the names of linears" in runs.refused(capsys, main, *words)
+
+
+def test_a_few_rows_that_are_all_but_zero_are_no_reason_to_refuse(place):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def shrink(tensors):
+        tensors[name][:3] *= 1e-5
+
+    shutil.rmtree("model")
+    families.save("llama", "model", tokenizer=True, num_hidden_layers=2, hidden_size=64)
+    change(shrink)
+    words = ["model", "--nearest", "--sym", "--groupsize", "16", "--format", "gptq", "--out", "out"]
+    assert main(words) == 0
+
+
+def test_a_float16_model_is_held_to_the_same(place, capsys):
+    shutil.rmtree("model")
+    families.save("llama", "model", tokenizer=True, num_hidden_layers=2, dtype=torch.float16)
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(lambda tensors: tensors.update({name: tensors[name] * 1e-4}))
+    line = runs.refused(capsys, main, "model", "--nearest", "--groupsize", "16", "--out", "out")
+    assert "mlp.up_proj needs scales from" in line
