@@ -8,7 +8,7 @@ import families
 import pytest
 import runs
 import torch
-from bitdistiller import blockwise, clips, export, result, student
+from bitdistiller import blockwise, clips, export, result, student, train
 from harness.grid import Grid, nearest
 from harness.stages import get_matrix
 from test_quantizer import learned, through
@@ -169,3 +169,24 @@ def test_refusals(inputs, tmp_path, capsys, monkeypatch):
     assert run(inputs, tmp_path / "out", "--dry-run") == 0 and not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in refused()
+
+
+def test_linears_left_dense_go_through_training_and_export(inputs, tmp_path):
+    """--ignore in block-wise training, in train, and in what both are packed to."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    dense = plain(inputs[0]).state_dict()[name]
+    ignore = ["--ignore", "layers.1.mlp.down_proj"]
+    assert run(inputs, tmp_path / "ap", "--epochs", "1", "--dtype", "float32", *ignore) == 0
+    (tmp_path / "set.jsonl").write_text('{"prompt": "a", "response": "def add"}\n' * 60)
+    words = [inputs[0], "--data", tmp_path / "set.jsonl", "--bits", 2, "--q_group_size", 16]
+    words += ["--model_max_length", 32, "--max_steps", 2, "--train_kd", "False", "--eval_steps", 2]
+    words += ["--out", tmp_path / "qat", "--dtype", "float32", *ignore]
+    assert train.main([str(word) for word in words]) == 0
+    for made in ("ap", "qat"):
+        assert torch.equal(plain(tmp_path / made).state_dict()[name], dense)
+        out = tmp_path / f"{made}-packed"
+        assert export.main([str(tmp_path / made), "--out", str(out)]) == 0
+        config = (out / "config.json").read_text()
+        assert '"model.layers.1.mlp.down_proj"' in config
+        whole = checkpoint.load_model(out).state_dict()
+        assert torch.equal(whole[name], dense)

@@ -10,7 +10,7 @@ from harness.sequential import LOG, Method, Update
 from harness.tensors import Weights
 
 from bitdistiller import result
-from harness import files, precision, preflight, publish, readers, sequential, writer
+from harness import files, precision, preflight, publish, readers, recipe, sequential, writer
 
 
 @publish.releasing
@@ -44,6 +44,7 @@ def export(
             "with --format dense only."
         )
     decoder = Decoder(folder, dtype=Weights(folder).dtype)
+    decoder.ignore(_left_dense(folder))
     precision.say_unused(dtype, decoder.stored_dtype)
     preflight.check(decoder, grids.grid, layout, out)
     if layout == "gptq":
@@ -64,6 +65,12 @@ def export(
     print(f"written to {out}: {bits:.2f} bits per weight of the quantized linears")
     print(f"read by: {readers.of_folder(out, decoder.config)}")
     return rows
+
+
+def _left_dense(folder: Path) -> list[str]:
+    """What --ignore left dense where the result was made, by its recipe: these have no grids."""
+    steps = recipe.steps(folder)
+    return steps[-1].get("settings", {}).get("ignore", []) if steps else []
 
 
 def _base(folder: Path) -> str:

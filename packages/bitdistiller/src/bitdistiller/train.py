@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     _add_objective(p)
     _add_schedule(p)
     _add_engine(p)
+    cli.add_ignore(p)
     cli.add_shared_flags(p, seed=42)
     return p
 

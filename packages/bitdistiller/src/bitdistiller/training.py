@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import ceil, inf
 from pathlib import Path
 
-from harness.decoder import Decoder
+from harness.decoder import Decoder, find_blocks
 from harness.errors import UserError
 from harness.perplexity import window_length
 from harness.tensors import Weights
@@ -24,6 +24,7 @@ from harness import (
     hidden_loss,
     precision,
     preflight,
+    stages,
     teacher_cache,
     trainer,
     validation,
@@ -83,7 +84,9 @@ def train(args) -> dict | None:
         return None
 
     def load(where: str):
-        return checkpoint.load_model(source, device=where, dtype=dtype)
+        loaded = checkpoint.load_model(source, device=where, dtype=dtype)
+        stages.ignore(*find_blocks(loaded), args.ignore)
+        return loaded
 
     start = Path(args.start) if args.start else None
 
@@ -183,6 +186,7 @@ def _check(args):
 def _ranges(args, source: Path, grid) -> student.Ranges | None:
     """Those of --clip; what the student cannot be is refused here, before data is read."""
     decoder = Decoder(source, sizes_only=True)
+    decoder.ignore(args.ignore)
     preflight.check(decoder, grid, "dense", Path(args.out))
     ranges = clips.read(args.clip, source, grid) if args.clip else None
     start = Path(args.start) if args.start else None
@@ -273,6 +277,7 @@ def _settings(args) -> dict:
         without.add("cakld_steps")
     if args.ppl:
         without.add("max_eval_samples")
+    without |= set() if args.ignore else {"ignore"}
     return {k: v for k, v in vars(args).items() if k not in without and v is not None}
 
 
