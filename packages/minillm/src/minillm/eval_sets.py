@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.errors import UserError, nearest, one_line
 
-from harness import data, files, instruct
+from harness import columns, data, files, instruct
 
 HUB = {
     "self-inst": ("MiniLLM/self-inst", "valid.jsonl"),
@@ -31,7 +31,7 @@ def load(name: str) -> list[tuple[str, list[str]]]:
     """
     if name.lower() in HUB:
         path = _fetch(name.lower())
-        found = map(_example, *_rows(path))
+        found = _examples(path)
         # How the original's files may write line ends.
         return [(prompt.replace("<n>", "\n"), some) for prompt, some in found]
     if name in data.DATASETS:
@@ -43,7 +43,7 @@ def load(name: str) -> list[tuple[str, list[str]]]:
             + nearest(name, NAMES)
         )
     chosen, own = files.select(source, "test")
-    found = [pair for path in chosen for pair in map(_example, *_rows(path))]
+    found = [pair for path in chosen for pair in _examples(path)]
     if own or (source.is_file() and files.split_of(source, source.parent)):
         return found
     print(
@@ -53,21 +53,27 @@ def load(name: str) -> list[tuple[str, list[str]]]:
     return instruct.deal(found, "test")
 
 
-def _rows(path: Path) -> tuple[list[dict], list[str]]:
-    rows = files.rows(path)
-    return rows, [f"{path}, row {number}" for number in range(1, len(rows) + 1)]
-
-
-def _example(row: dict, where: str) -> tuple[str, list[str]]:
-    references = row.get("output")
-    if not isinstance(references, list):
-        references = None
-    elif not references or not all(isinstance(text, str) for text in references):
-        raise UserError(f"{where}: output is a list, of no text; {EXPECTED}.")
-    pair = instruct.example(row | {"output": references[0]} if references else row)
-    if pair is None:
-        raise UserError(f"{where}: {', '.join(map(str, row)) or 'nothing'}; {EXPECTED}.")
-    return pair["prompt"], references or [pair["response"]]
+def _examples(path: Path) -> list[tuple[str, list[str]]]:
+    """(prompt, references) of a file's rows, from columns that are chosen once."""
+    rows, found = files.rows(path), []
+    names = columns.pair_columns(rows[: columns.HEAD])
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        references = row.get(names.names[1]) if names else row.get("output")
+        if isinstance(references, list) and not (
+            references and all(isinstance(text, str) for text in references)
+        ):
+            raise UserError(f"{where}: output is a list, of no text; {EXPECTED}.")
+        try:
+            pair = columns.pair_of(row, names, None, where) if names else None
+        except UserError:
+            pair = None
+        if pair is None:
+            raise UserError(f"{where}: {', '.join(map(str, row)) or 'nothing'}; {EXPECTED}.")
+        found.append(
+            (pair["prompt"], references if isinstance(references, list) else [pair["response"]])
+        )
+    return found
 
 
 def _fetch(name: str) -> Path:
