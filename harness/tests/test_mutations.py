@@ -7,6 +7,7 @@ by block), in one process: what each command adds of its own is in its package's
 
 import json
 import math
+import random
 import shutil
 import struct
 import time
@@ -20,7 +21,16 @@ from harness.grid import Grid, nearest
 from harness.info import info
 from safetensors.torch import load_file, save_file
 
-from harness import checkpoint, cli, recipe, report, sequential
+from harness import (
+    checkpoint,
+    cli,
+    data,
+    example_sets,
+    mmlu_data,
+    recipe,
+    report,
+    sequential,
+)
 
 DOWN = "model.layers.1.mlp.down_proj"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -304,3 +314,56 @@ def test_recipes_and_results(good, tmp_path):
         (tmp_path / "r.json").write_bytes(content)
         with pytest.raises(UserError):
             report.load(tmp_path / "r.json")
+
+
+TABLES = {
+    "csv": '"What, is?",a,b,c,d,A\nWhy?,a,b,c,d,B\n' * 5,
+    "jsonl": '{"prompt": "a", "response": "b", "question": "q", "choices": ["a"], "answer": 0}\n',
+    "json": json.dumps([{"instruction": "a", "input": "", "output": ["b", "c"]}] * 6),
+    "txt": families.TEXT * 5,
+}
+INSERTED = [b'"', b"{", b"}", b"[", b"null", b"1e999", b"\\u", b"\\ud800", b",", b"\n", b"\x00",
+            b"9" * 5000, b"[" * 3000, b"\xff", b"\xef\xbb\xbf"]  # fmt: skip
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    content, kind = bytearray(content), draw.randrange(5)
+    for _ in range(draw.randrange(1, 6)):
+        place = draw.randrange(len(content) + 1)
+        if kind == 0:
+            content[place:place] = bytes([draw.randrange(256)])
+        elif kind == 1:
+            del content[place : place + draw.randrange(1, 9)]
+        elif kind == 2:
+            content[place:place] = draw.choice(INSERTED)
+        elif kind == 3:
+            content = content[:place] or bytearray(b" ")
+        elif place < len(content):
+            content[place] ^= 1 << draw.randrange(8)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("ending", TABLES)
+def test_data_files(good, tmp_path, ending):
+    """Whatever is read of a damaged table: rows, or one line."""
+    tokenizer, draw = checkpoint.load_tokenizer(good / "dense"), random.Random(0)
+    path, quiz = tmp_path / f"x.{ending}", tmp_path / "mmlu"
+    for split in ("dev", "test"):
+        (quiz / split).mkdir(parents=True)
+    for _ in range(80):
+        path.write_bytes(damaged((TABLES[ending] * 3).encode(), draw))
+        for split in ("dev", "test") if ending == "csv" else ():
+            (quiz / split / f"anatomy_{split}.csv").write_bytes(path.read_bytes())
+        for read in (
+            lambda: data.evaluation(tokenizer, str(path), seqlen=8, limit=1),
+            lambda: data.calibration(tokenizer, str(path), nsamples=1, seqlen=8, seed=0),
+            lambda: data.instructions(str(path), "train", tokenizer),
+            lambda: example_sets.pairs(str(path), "train", tokenizer=tokenizer),
+            lambda: example_sets.is_text(str(path)),
+            lambda: data.questions(str(path)),
+            lambda: mmlu_data.read(str(quiz)) if ending == "csv" else None,
+        ):
+            try:
+                read()
+            except UserError as error:
+                assert "\n" not in str(error)

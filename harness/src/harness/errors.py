@@ -5,7 +5,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A one-line message: what was found, what was expected, how to mend it."""
+    """A one-line message: what was found, what was expected, how to mend it. Line ends in what it
+    quotes become spaces."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -85,7 +85,8 @@ def _reading(path: Path) -> Iterator[TextIO]:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end) of a text file; one without end is an error."""
     number = 0
     with _reading(path) as file:
         while line := file.readline(LONGEST_LINE + 1):
@@ -135,7 +136,7 @@ def _bounded(path: Path) -> Iterator[str]:
 
 
 def _jsonl_rows(path: Path) -> Iterator:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -146,7 +147,7 @@ def _jsonl_rows(path: Path) -> Iterator:
 
 def _csv_rows(path: Path) -> Iterator[dict]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(line for _, line in _lines(path))
+    reader = csv.DictReader(line for _, line in lines(path))
     try:
         for row in reader:
             if None in row:
@@ -184,7 +185,7 @@ def line_of(path: Path, number: int) -> int:
     """The line on which row ``number`` (from 1) begins: blank lines are no rows, nor is the head of
     a csv file, whose rows may have several lines."""
     if kind(path) == ".jsonl":
-        full = (line for line, text in _lines(path) if text.strip())
+        full = (line for line, text in lines(path) if text.strip())
         return next(islice(full, number - 1, None))
     if kind(path) == ".csv":
         return next(islice(_csv_starts(path), number, None))
@@ -192,7 +193,7 @@ def line_of(path: Path, number: int) -> int:
 
 
 def _csv_starts(path: Path) -> Iterator[int]:
-    reader = csv.reader(line for _, line in _lines(path))
+    reader = csv.reader(line for _, line in lines(path))
     start = 1
     for row in reader:
         if row:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from harness import files
 from harness.errors import UserError
 
 LETTERS = ("A", "B", "C", "D")
@@ -122,17 +123,19 @@ def _from_folder(folder: Path) -> list[Subject]:
 
 
 def _read_csv(path: Path) -> tuple[Question, ...]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        questions = []
+    reader = csv.reader(line for _, line in files.lines(path))
+    questions = []
+    try:
         for row in reader:
             if len(row) != 6 or row[5].strip() not in LETTERS:
                 raise UserError(
                     f"{path}, line {reader.line_num}: expected question, four options and a "
                     f"letter A-D, found {len(row)} columns"
-                    + (f" and the answer {row[5]!r}" if len(row) == 6 else "")
+                    + (f" and the answer {row[5]!r:.40}" if len(row) == 6 else "")
                 )
             questions.append(Question(row[0], tuple(row[1:5]), row[5].strip()))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
     return tuple(questions)
 
 
