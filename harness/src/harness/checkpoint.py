@@ -193,7 +193,18 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype="auto", load: st
         loaded = _load_packed(weights, config, dtype)
     for name, parameter in loaded.named_parameters():
         check_finite(name, parameter.detach())
+    _check_ends(getattr(loaded, "generation_config", None), folder)
     return loaded.to(device).eval()
+
+
+def _check_ends(generation, folder: Path) -> None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(generation, name, None)
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and any(type(token) is not int for token in ids):
+            raise UserError(
+                f"{folder}/generation_config.json has {value!r:.40} for {name}; expected a token id."
+            )
 
 
 def check_finite(name: str, tensor) -> None:

@@ -332,6 +332,9 @@ def _compare(args: argparse.Namespace) -> int:
 
     from harness import report
 
+    for flag in ("plot", "curve", "bubble"):
+        if getattr(args, flag):
+            publish.check_place(Path(getattr(args, flag)), f"--{flag}")
     loaded = [report.load(Path(name)) for name in args.results]
     print(report.comparison(loaded))
     for label in report.differing_protocols(loaded):
