@@ -203,7 +203,8 @@ def _check_ends(generation, folder: Path) -> None:
         ids = value if isinstance(value, list) else [value]
         if value is not None and any(type(token) is not int for token in ids):
             raise UserError(
-                f"{folder}/generation_config.json has {value!r:.40} for {name}; expected a token id."
+                f"{folder}/generation_config.json has {value!r:.40} for {name}; expected a "
+                "token's number."
             )
 
 
