@@ -183,7 +183,7 @@ def both_loops(monkeypatch, device, dtype, group, by_diagonal, static):
     factor, _ = inverse_factor(hessian if order is None else hessian[order][:, order], DAMPING)
     results = []
     for loop in (solver.torch_loop, kernel.triton_loop):
-        monkeypatch.setattr(solver, "_pick_loop", lambda _, loop=loop: loop)
+        monkeypatch.setattr(solver, "_pick_loop", lambda weight, kept, loop=loop: loop)
         result, loss = solve(
             weight.to(device),
             factor.to(device),
