@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness import files, names, precision, sizes, weight_files
 from harness.errors import UserError, nearest, one_line
-from harness.tensors import Weights, open_file
+from harness.tensors import Weights
 
 EMBEDDED = ("tiny-llama", "tiny-llama-student")
 ASSETS = Path(__file__).parent / "assets"
@@ -186,9 +186,9 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype="auto", load: st
     if isinstance(dtype, str):
         dtype = precision.choose(dtype, weights.dtype, device, model)
     if load:
-        return _load_bitsandbytes(folder, load, dtype, device, weights)
+        return _load_bitsandbytes(weights, config, load, dtype, device)
     if weights.layout == "dense":
-        loaded = load_dense(folder, dtype)
+        loaded = load_dense(weights, config, dtype)
     else:
         loaded = _load_packed(weights, config, dtype)
     for name, parameter in loaded.named_parameters():
@@ -250,31 +250,23 @@ def _load_complete(weights: Weights, *where, config, **more):
         logging.set_verbosity(said)
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         names.check_shape(name, stored, wanted)
-    missing = report["missing_keys"]
-    if missing:
-        raise UserError(
-            f"{weights.folder} lacks {len(missing)} tensors that config.json asks for, "
-            f"{min(missing)} among them; the checkpoint is incomplete."
-        )
+    names.refuse_missing(report["missing_keys"], weights.folder)
     return model
 
 
-def load_dense(folder: Path, dtype):
+def load_dense(weights: Weights, config, dtype):
     """A dense checkpoint through transformers; missing tensors are an error, never random."""
-    weights = Weights(folder)
-    for file in weights.files():
-        open_file(folder / file)
+    vars(config).pop("quantization_config", None)  # an empty one, which transformers refuses
     try:
-        config = load_config(folder)
-        vars(config).pop("quantization_config", None)  # an empty one, which transformers refuses
-        return _load_complete(weights, folder, config=config, dtype=dtype)
+        return _load_complete(weights, weights.folder, config=config, dtype=dtype)
     except UserError:
         raise
     except Exception as error:  # transformers over the user's files
-        raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"{weights.folder} cannot be loaded: {one_line(error)}") from error
 
 
-def _load_bitsandbytes(folder: Path, load: str, dtype, device: str, weights: Weights):
+def _load_bitsandbytes(weights: Weights, config, load: str, dtype, device: str):
+    folder = weights.folder
     if weights.layout == "bitmask":
         raise UserError(
             f"{folder} is stored as bitmask; --load needs a dense one: "
@@ -295,16 +287,16 @@ def _load_bitsandbytes(folder: Path, load: str, dtype, device: str, weights: Wei
     if load not in LOADS:
         raise UserError(f"--load {load}: expected one of {', '.join(LOADS)}.")
     if load == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        config = BitsAndBytesConfig(
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=load == "nf4-dq",
             bnb_4bit_compute_dtype=dtype,
         )
-    model = sizes.model_class(load_config(folder)).from_pretrained(
-        folder, dtype=dtype, quantization_config=config, device_map={"": device}
+    model = sizes.model_class(config).from_pretrained(
+        folder, dtype=dtype, quantization_config=quantization, device_map={"": device}
     )
     if load != "int8" and device == "cpu":
         for name, module in model.named_modules():

@@ -5,6 +5,7 @@ take the same tensors, and what neither has a place for is named.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,10 +115,15 @@ def _check_missing(model, plain, tied, weights: Weights) -> None:
         and name not in tied
         and not any(re.search(pattern, name) for pattern in ignored)
     ]
+    refuse_missing(missing, weights.folder)
+
+
+def refuse_missing(missing: Collection[str], folder: Path) -> None:
+    """Raise :class:`UserError` where there are any."""
     if missing:
         raise UserError(
-            f"{weights.folder} lacks {len(missing)} tensors that config.json asks for, "
-            f"{min(missing)} among them; the checkpoint is incomplete."
+            f"{folder} lacks {len(missing)} tensors that config.json asks for, {min(missing)} "
+            "among them; the checkpoint is incomplete."
         )
 
 

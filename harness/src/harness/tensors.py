@@ -33,9 +33,9 @@ class Weights:
                 f"{folder} is stored as {quantconfig.foreign(self.quantization)}, which is not "
                 "read here; give the dense model it was made from."
             )
-        self._paths, self._safe = weight_files.locate(folder, self.config)
+        paths, self._safe = weight_files.locate(folder, self.config)
         read = weight_files.header if self._safe else open_file
-        self._held = {path: read(path) for path in self._paths}
+        self._held = {path: read(path) for path in paths}
         self._where = {name: path for path, held in self._held.items() for name in held}
         if not self._where:
             raise UserError(f"{folder} holds weight files without a tensor; nothing to load.")
@@ -43,10 +43,6 @@ class Weights:
         if self.layout in ("compressed-tensors", "gptq"):
             grid = quantconfig.grid_of(self.quantization)
         packed.check({n: self._shape(n) for n in self._where}, self.layout, grid)
-
-    def files(self) -> list[str]:
-        """Names of the weight files."""
-        return sorted(path.relative_to(self.folder).as_posix() for path in self._paths)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

@@ -144,7 +144,8 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
     """
     grids = Grids(folder)
     grids.check_codes()
-    model = checkpoint.load_dense(folder, Weights(folder).dtype)
+    weights = Weights(folder)
+    model = checkpoint.load_dense(weights, checkpoint.load_config(folder), weights.dtype)
     modules = dict(model.named_modules())
     linears = {name: modules[name] for name in sorted(grids.names) if name in modules}
     return model, {n: grids.quantized(n, get_matrix(m)) for n, m in linears.items()}
