@@ -238,8 +238,7 @@ def _load_complete(weights: Weights, *where, config, **more):
 
     from harness.macs import skeleton
 
-    found = names.match(skeleton(config), weights)
-    names.say_extra(found.extra, weights.folder)
+    names.match(skeleton(config), weights)
     said = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -97,7 +97,6 @@ class Decoder:
         self.dtype = dtype
         # First without buffers: they are made for real below, of whatever size the config says.
         self.names = names.match(skeleton(self.config), self.weights)
-        names.say_extra(self.names.extra, folder)
         with init_empty_weights(include_buffers=False):
             model = sizes.build(self.config, self.dtype)
         self.differentiable = False

@@ -21,8 +21,7 @@ def info(model: str) -> str:
     quantization = quantconfig.of(files.read_json(path), path)
     model = skeleton(config)
     if quantconfig.layout_of(quantization) != "other":
-        found = names.match(model, Weights(folder))
-        names.say_extra(found.extra, folder)
+        names.match(model, Weights(folder))
     size = stored_size(folder, config)
     length = window_length(config)
     macs = macs_per_token(model, length, linear_shapes(folder))

@@ -38,7 +38,8 @@ class Names:
 
 
 def match(model: nn.Module, weights: Weights) -> Names:
-    """The names of ``weights``, read as those of ``model``, a transformers model on any device.
+    """The names of ``weights``, read as those of ``model``, a transformers model on any device;
+    tensors that the model has no place for are named in one line.
 
     Raises:
         UserError: a tensor is missing, has another shape or no floating values, or is there twice.
@@ -55,6 +56,7 @@ def match(model: nn.Module, weights: Weights) -> Names:
                 f"{stored} in {weights.folder} holds no floating values of 16 or 32 bits, and "
                 "config.json tells no quantization that it is of; get the dense checkpoint."
             )
+    _say_extra(extra, weights.folder)
     return Names(plain, converted, extra, tied)
 
 
@@ -143,7 +145,7 @@ def _is_needless(name: str, weights: Weights) -> bool:
     return leaf in NEEDLESS or (leaf == "bias" and len(weights.shape(name) or ()) == 4)
 
 
-def say_extra(extra: list[str], folder: Path) -> None:
+def _say_extra(extra: list[str], folder: Path) -> None:
     """One line about tensors that the model has no place for: their pattern and number."""
     patterns: dict[str, int] = {}
     for name in extra:
