@@ -29,8 +29,9 @@ SHARES = [1 - i / 20 for i in range(10)]
 def problem(args):
     """A weight [O, I] with heavy tails, inputs [N, I] of unequal size, correlated; the grid."""
     import torch
-    from harness.grid import Grid
-    from harness.normal_float import NormalFloat
+
+    from harness.quant.grid import Grid
+    from harness.quant.normal_float import NormalFloat
 
     draw = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
@@ -44,8 +45,9 @@ def problem(args):
 
 def ours(weight, inputs, grid, args):
     import torch
-    from bitdistiller.clip_search import search
-    from bitdistiller.clipping import GroupMoments
+
+    from bitdistiller.autoclip_run import GroupMoments
+    from harness.quant.clip_search import search
 
     moments = GroupMoments(weight.shape[1], "cpu", grid)
     moments.add(inputs)
@@ -91,8 +93,9 @@ def plain(weight, inputs, grid, args):
 def rounded(w, grid):
     """Every group of [O, G, g] to the nearest point of its own min-max grid, scales in bfloat16."""
     import torch
-    from harness.grid import Grid, nearest
-    from harness.normal_float import nearest as nearest_level
+
+    from harness.quant.grid import Grid, nearest
+    from harness.quant.normal_float import nearest as nearest_level
 
     flat = w.flatten(1)
     if isinstance(grid, Grid):
@@ -110,8 +113,9 @@ def errors(weight, inputs, grid, low, high):
 
 
 def contest(args) -> dict:
-    import bitdistiller.clipping  # noqa: F401
     import torch
+
+    import bitdistiller.autoclip_run  # noqa: F401
 
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)

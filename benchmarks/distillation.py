@@ -108,6 +108,7 @@ def prompts(args, count: int, seed: int):
 def respond(args, model, asked, seed: int):
     """`minillm.sampling.Rollouts` of ``model`` alone."""
     import torch
+
     from minillm.sampling import sample, uniforms
 
     draws = uniforms(len(asked), args.response, seed)
@@ -139,9 +140,10 @@ class Judge:
 
     def __call__(self, student, seed: int) -> dict[str, float]:
         import torch
-        from harness.divergence import kl_rows, reverse_kl_rows
-        from harness.responses import Sampling, transformers_engine
-        from harness.rouge import rouge_l
+
+        from harness.generation.responses import Sampling, transformers_engine
+        from harness.losses.divergence import kl_rows, reverse_kl_rows
+        from harness.metrics.rouge import rouge_l
 
         args, asked = self.args, self.asked
         made = respond(args, student, asked.repeat(args.samples, 1), seed)
@@ -162,7 +164,8 @@ class Judge:
     def along(self, student, made, rows) -> tuple[float, float]:
         """Means over the tokens of responses: the divergence at each, its teacher's log-prob."""
         import torch
-        from harness.divergence import mean_over_rows
+
+        from harness.losses.divergence import mean_over_rows
 
         ids = torch.cat([made.prompts, made.responses], 1)
         first = made.prompts.shape[1] - 1
@@ -204,7 +207,7 @@ def trained(args, method: str, model: str, out: Path, steps: int, rate: float, w
 
 def contest(args, seed: int, where: dict, judge: Judge, folder: Path):
     """Yields (name, values) of each model of a seed."""
-    from harness import checkpoint
+    from harness.checkpoint import load
 
     student = build(args.vocabulary, args.student_hidden, 1, seed)
     start = save(student, folder / f"student-{seed}")
@@ -221,7 +224,7 @@ def contest(args, seed: int, where: dict, judge: Judge, folder: Path):
         method, model, steps, rate = runs[name]
         out = folder / f"{name}-{seed}"
         made, seconds = trained(args, method, model, out, steps, rate, where, seed)
-        yield name, judge(checkpoint.load_model(made), seed) | {"seconds": seconds}
+        yield name, judge(load.load_model(made), seed) | {"seconds": seconds}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -69,12 +69,12 @@ def dtype_of(args):
 
 def run_ours(folder: Path, out: Path, args) -> None:
     import torch
-    from gptq.method import _gptq_update
-    from harness.decoder import Decoder
-    from harness.grid import Grid
-    from harness.hessian import Hessian
 
-    from harness import sequential
+    from gptq.method import _gptq_update
+    from harness.blocks import sequential
+    from harness.blocks.decoder import Decoder
+    from harness.quant.grid import Grid
+    from harness.quant.hessian import Hessian
 
     grid = Grid(**GRID)
     decoder = Decoder(folder, device=args.device, dtype=dtype_of(args))
@@ -92,9 +92,10 @@ def run_ours(folder: Path, out: Path, args) -> None:
 def run_floor(folder: Path, args) -> dict:
     """One forward, and the symmetric products of every stage; timed apart."""
     import torch
-    from harness.decoder import Decoder, batches
-    from harness.hessian import Hessian
-    from harness.stages import find_stages
+
+    from harness.blocks.decoder import Decoder, batches
+    from harness.blocks.stages import find_stages
+    from harness.quant.hessian import Hessian
 
     decoder = Decoder(folder, dtype=dtype_of(args))
     parts = batches(windows_of(args))
@@ -120,9 +121,10 @@ def run_floor(folder: Path, args) -> dict:
 
 def run_textbook(folder: Path, out: Path, args) -> None:
     import torch
-    from harness.decoder import Decoder
-    from harness.stages import linears
     from safetensors.torch import save_file
+
+    from harness.blocks.decoder import Decoder
+    from harness.modules import linears
 
     decoder = Decoder(folder, dtype=dtype_of(args))
     windows = windows_of(args)
@@ -188,10 +190,11 @@ def textbook_solver(weight, hessian):
 def compare_errors(folder: Path, outs: dict[str, Path], args) -> dict[str, dict[str, float]]:
     """Relative output error per kind of linear and result, on the dense model's own inputs."""
     import torch
-    from harness.checkpoint import Weights
-    from harness.decoder import Decoder
-    from harness.stages import linears
     from safetensors.torch import load_file
+
+    from harness.blocks.decoder import Decoder
+    from harness.checkpoint.load import Weights
+    from harness.modules import linears
 
     decoder = Decoder(folder, dtype=dtype_of(args))
     read = {}
@@ -223,11 +226,12 @@ def compare_errors(folder: Path, outs: dict[str, Path], args) -> dict[str, dict[
 
 def cuda_report(folder: Path, args) -> None:
     """Seconds per block, Triton loop against torch loop, share of the GPU's matmul peak."""
-    import gptq.solver
     import torch
+
+    import gptq.solver
     from gptq.kernel import triton_loop
-    from harness.grid import Grid
-    from harness.hessian import Hessian, inverse_factor
+    from harness.quant.grid import Grid
+    from harness.quant.hessian import Hessian, inverse_factor
 
     def seconds(function, repeats=3):
         function()
@@ -295,9 +299,10 @@ def main() -> None:
     if args.run:
         # imports are not what is measured
         import compressed_tensors.compressors.pack_quantized.helpers  # noqa: F401
-        import gptq.method  # noqa: F401
-        import harness.sequential  # noqa: F401
         import transformers  # noqa: F401
+
+        import gptq.method  # noqa: F401
+        import harness.blocks.sequential  # noqa: F401
 
         torch.set_num_threads(args.threads)
         folder = Path(args.folder)

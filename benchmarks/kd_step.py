@@ -62,7 +62,8 @@ def trl_loss(name: str, teacher, student, ids):
 
 def ours(fused: bool, name: str, teacher, student, ids):
     import torch
-    from harness.hidden_loss import over_models
+
+    from harness.losses.from_hidden import over_models
     from minillm.losses import ROWS
 
     mask = torch.ones_like(ids)

@@ -33,17 +33,18 @@ def make_model(folder: Path, hidden: int, blocks: int) -> None:
 
 
 def run_pass(folder: Path, out: Path) -> None:
-    import gptq
     import torch
 
-    from harness import checkpoint, data
+    import gptq
+    from harness.checkpoint import load
+    from harness.data import corpora
 
     class Tokenizer:  # random ids: memory does not depend on what they say
         def __call__(self, text, **_):
             return {"input_ids": torch.randint(0, 2048, (40_000,)).tolist()}
 
-    checkpoint.load_tokenizer = lambda _: Tokenizer()
-    data._text = lambda *_: ""
+    load.load_tokenizer = lambda _: Tokenizer()
+    corpora._text = lambda *_: ""
     rows = gptq.quantize(
         str(folder), "random", out=out, groupsize=128, nsamples=16, seqlen=512, true_sequential=True
     )

@@ -64,11 +64,10 @@ def run_textbook(folder: Path, out: Path, args) -> None:
 
 
 def run_ours(folder: Path, out: Path, args) -> None:
-    from harness.decoder import Decoder
-    from harness.hessian import Hessian
+    from harness.blocks import sequential
+    from harness.blocks.decoder import Decoder
+    from harness.quant.hessian import Hessian
     from sparse import methods
-
-    from harness import sequential
 
     decoder = Decoder(folder, dtype=gptq_pass.dtype_of(args))
     goal = lambda where, name: methods.Target(SPARSITY)  # noqa: E731
@@ -87,7 +86,7 @@ def run_ours(folder: Path, out: Path, args) -> None:
 
 def run_forwards(folder: Path, args) -> None:
     """Every block twice over the calibration set; nothing else."""
-    from harness.decoder import Decoder, batches
+    from harness.blocks.decoder import Decoder, batches
 
     decoder = Decoder(folder, dtype=gptq_pass.dtype_of(args))
     hidden = [decoder.embed(part) for part in batches(gptq_pass.windows_of(args))]
@@ -101,8 +100,9 @@ def run_forwards(folder: Path, args) -> None:
 
 def last_errors(folder: Path, outs: dict[str, Path], args) -> dict[str, float]:
     """|h - h'|² / |h|² of the last block's output h on four windows, for every result."""
-    from harness.decoder import Decoder
     from safetensors.torch import load_file
+
+    from harness.blocks.decoder import Decoder
 
     def last(replaced):
         decoder = Decoder(folder, dtype=gptq_pass.dtype_of(args))
@@ -127,10 +127,11 @@ def contest(args) -> dict:
 
     torch.set_grad_enabled(False)
     # Imports are not what is measured.
-    import harness.sequential  # noqa: F401
-    import sparse.methods  # noqa: F401
     from accelerate import init_empty_weights  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    import harness.blocks.sequential  # noqa: F401
+    import sparse.methods  # noqa: F401
 
     torch.set_num_threads(args.threads)
     folder = Path(args.folder)

@@ -81,7 +81,7 @@ def build_tokenizer(texts: list[str]):
 
 def prepare(work: Path) -> None:
     """Write WORK/tokenizer/ and WORK/{train,calibration,test}.npy (uint16 tokens)."""
-    from harness import stdlib
+    from harness.data import stdlib
 
     tokenizer = build_tokenizer(list(stdlib.documents("train").values()))
     tokenizer.save_pretrained(work / "tokenizer")
@@ -240,17 +240,18 @@ def evaluate(work: Path, name: str, device: str) -> None:
     import ngram
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from harness import choice, data, perplexity
+    from harness.data import corpora
+    from harness.metrics import multiple_choice, perplexity
 
     tokenizer = AutoTokenizer.from_pretrained(work / name)
     model = AutoModelForCausalLM.from_pretrained(work / name).to(device).eval()
-    held_out = data.evaluation(tokenizer, "stdlib", seqlen=CONTEXT)
+    held_out = corpora.evaluation(tokenizer, "stdlib", seqlen=CONTEXT)
     tokens, cells = np.load(work / "train.npy"), held_out.numpy()
     levels = ngram.fit(tokens, VOCABULARY)
-    quiz = choice.score(model, tokenizer, data.questions("stdlib-quiz"))
+    quiz = multiple_choice.score(model, tokenizer, corpora.questions("stdlib-quiz"))
     result = {
         "parameters": model.num_parameters(),
-        "protocol": f"{data.protocol('stdlib')}, windows of {CONTEXT}",
+        "protocol": f"{corpora.protocol('stdlib')}, windows of {CONTEXT}",
         "perplexity": perplexity.perplexity(model, held_out).value,
         "unigram": math.exp(-ngram.unigram_log_probabilities(tokens, cells, VOCABULARY).mean()),
         "4-gram": math.exp(-ngram.log_probabilities(levels, cells, VOCABULARY).mean()),

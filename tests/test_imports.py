@@ -2,6 +2,7 @@
 mathematics of a method torch and the harness's grids alone."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.name for path in (ROOT / "packages").iterdir() if (path / "src").is_dir())
 MATHEMATICS = [
-    ROOT / f"packages/{package}/src/{package}/{name}.py"
-    for package, names in {
-        "gptq": ("solver", "kernel"),
-        "sparse": ("solver", "kernel", "masks"),
-        "bitdistiller": ("clip_search", "quantizer"),
+    ROOT / f"{folder}/{name}.py"
+    for folder, names in {
+        "packages/gptq/src/gptq": ("solver", "kernel"),
+        "packages/sparse/src/sparse": ("solver", "kernel", "masks"),
+        "harness/src/harness/quant": ("clip_search", "fake_quant"),
     }.items()
     for name in names
 ]
@@ -43,15 +44,87 @@ def reaches(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-@pytest.mark.parametrize("room", ["harness", *METHODS])
-def test_no_package_imports_a_method_of_another(room):
-    source = ROOT / ("harness" if room == "harness" else f"packages/{room}") / "src"
-    files = list(source.rglob("*.py"))
+# The harness's rooms from top to bottom; those in one row do not see each other. What is in none of
+# them is the ground, which every room may import.
+ROOMS = (
+    {"cli"},
+    {"commands", "training"},
+    {"metrics"},
+    {"blocks", "generation"},
+    {"checkpoint"},
+    {"losses", "data", "quant"},
+    {"ground"},
+)
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Dotted name -> file of all modules of a package."""
+    source = ROOT / ("harness" if package == "harness" else f"packages/{package}") / "src"
+    return {
+        ".".join(path.relative_to(source).with_suffix("").parts): path
+        for path in source.rglob("*.py")
+        if path.stem not in ("__init__", "__main__")
+    }
+
+
+@functools.cache
+def arrows(package: str) -> dict[str, set[str]]:
+    """Module -> the modules of the same package that it imports, at its top or inside functions."""
+    files = modules(package)
+    ends = {name: imports(path) for name, path in files.items()}
+    return {
+        name: {n if n in files else n.rpartition(".")[0] for n in names} & set(files)
+        for name, names in ends.items()
+    }
+
+
+def floor_of(module: str) -> int:
+    """The row of a module's room, counted from the top."""
+    parts = module.split(".")
+    room = parts[1] if len(parts) > 2 or parts[1] == "cli" else "ground"
+    return next(row for row, rooms in enumerate(ROOMS) if room in rooms)
+
+
+def test_rooms_import_downward():
+    for name, targets in arrows("harness").items():
+        for target in targets:
+            same = name.split(".")[:-1] == target.split(".")[:-1]
+            assert same or floor_of(name) < floor_of(target), f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("package", ["harness", *METHODS])
+def test_no_circle(package):
+    graph = arrows(package)
+    while leaves := {name for name, targets in graph.items() if not targets & set(graph)}:
+        graph = {name: targets for name, targets in graph.items() if name not in leaves}
+    assert not graph, f"circles, or modules above one: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("package", ["harness", *METHODS])
+def test_module_names_tell_apart(package):
+    names = [name.rpartition(".")[2] for name in modules(package)]
+    rooms = {name.split(".")[-2] for name in modules(package)}
+    assert len(set(names)) == len(names), sorted(n for n in names if names.count(n) > 1)
+    assert not rooms & set(names)
+
+
+# What else a method may import of another: the mathematics that it composes.
+COMPOSES = {"llmc": ("gptq", "sparse")}
+
+
+@pytest.mark.parametrize("package", ["harness", *METHODS])
+def test_no_package_imports_a_method_of_another(package):
+    files = modules(package)
     assert files
-    others = [method for method in METHODS if method != room]
-    for path in files:
+    others = [method for method in METHODS if method != package]
+    mathematics = [f"{path.parent.name}.{path.stem}" for path in MATHEMATICS]
+    for path in files.values():
         for name in imports(path):
-            assert not any(reaches(name, other) for other in others), f"{path} imports {name}"
+            for other in (method for method in others if reaches(name, method)):
+                composed = other in COMPOSES.get(package, ()) and any(
+                    reaches(name, module) for module in mathematics
+                )
+                assert composed, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", MATHEMATICS, ids=lambda path: f"{path.parent.name}.{path.stem}")
@@ -60,7 +133,9 @@ def test_mathematics_import_torch_and_the_grids_alone(path):
     for name in imports(path):
         top = name.partition(".")[0]
         allowed = top in sys.stdlib_module_names or top in ("torch", "triton")
-        allowed |= reaches(name, "harness.grid") or reaches(name, "harness.normal_float")
+        allowed |= reaches(name, "harness.quant.grid") or reaches(
+            name, "harness.quant.normal_float"
+        )
         allowed |= any(reaches(name, f"{package}.{other.stem}") for other in MATHEMATICS)
         assert allowed, f"{path} imports {name}"
 

@@ -1,21 +1,23 @@
 """What the project promises of GPTQ, on the embedded model: better than rounding at every width."""
 
-import gptq
 import pytest
 
-from harness import checkpoint, data, perplexity
+import gptq
+from harness.checkpoint import load
+from harness.data import corpora
+from harness.metrics import perplexity
 
 WINDOWS = 20
 
 
 def perplexity_of(model: str, windows) -> float:
-    return perplexity.perplexity(checkpoint.load_model(model), windows, batch_size=8).value
+    return perplexity.perplexity(load.load_model(model), windows, batch_size=8).value
 
 
 def test_gptq_beats_rounding_and_closes_half_of_the_gap_at_three_bits(tmp_path):
     """Groups of 128, act-order, 32 calibration windows of 512; 20 held-out windows."""
-    tokenizer = checkpoint.load_tokenizer("tiny-llama")
-    windows = data.evaluation(tokenizer, "stdlib", seqlen=512, limit=WINDOWS)
+    tokenizer = load.load_tokenizer("tiny-llama")
+    windows = corpora.evaluation(tokenizer, "stdlib", seqlen=512, limit=WINDOWS)
     dense = perplexity_of("tiny-llama", windows)
     for bits in (4, 3, 2):
         rtn, solved = tmp_path / f"rtn{bits}", tmp_path / f"gptq{bits}"

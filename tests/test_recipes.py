@@ -2,8 +2,9 @@
 
 import json
 
-import families
 import pytest
+
+import families
 
 pytestmark = pytest.mark.slow
 TEXT = families.TEXT * 60

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness.cli import run as exit_code
-from harness.grid import Grid, nearest
-from harness.hessian import Hessian
 
-from harness import decoder, sequential, writer
+from harness.blocks import decoder, sequential
+from harness.cli import run as exit_code
+from harness.quant.grid import Grid, nearest
+from harness.quant.hessian import Hessian
 
 GRID = Grid(3, 16)
 
@@ -84,7 +84,7 @@ def die_at_rename(number):
         if number == -1 and last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    writer.os.replace = replace
+    os.replace = replace
 
 
 def ended(pid) -> int:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from harness import engine
+from harness.training import engine
 
 
 def main(module, step, *words):

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness.cli import add_shared_flags, main, run
-from harness.errors import UserError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -20,6 +18,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from harness.cli import add_shared_flags, main, run
+from harness.errors import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog and naps. " * 60
 
@@ -148,13 +149,15 @@ def test_everything_at_once_and_compare(here, dense, capsys):
 
 
 def test_results_accumulate_and_are_not_measured_twice(here, dense, monkeypatch, capsys):
-    from harness import perplexity
+    from harness.losses import nll
 
     words = [dense, "--ppl", "text.txt", "--seqlen", 32, "--limit", 2]
     assert evaluate(*words) == 0
     first = json.loads((here / "results/dense.json").read_text())["metrics"]
     # An interruption during the next metric keeps what was finished.
-    monkeypatch.setattr("harness.choice.score", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "harness.metrics.multiple_choice.score", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert evaluate(*words, "--choice", "quiz.jsonl") == 130
     monkeypatch.undo()
     monkeypatch.chdir(here)
@@ -162,7 +165,7 @@ def test_results_accumulate_and_are_not_measured_twice(here, dense, monkeypatch,
     def never(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(perplexity, "perplexity_of_logits", never)
+    monkeypatch.setattr(nll, "perplexity_of_logits", never)
     assert evaluate(*words, "--choice", "quiz.jsonl") == 0
     then = json.loads((here / "results/dense.json").read_text())["metrics"]
     assert then["ppl:text.txt"] == first["ppl:text.txt"] and "choice:quiz.jsonl" in then

@@ -5,17 +5,19 @@ import os
 import subprocess
 import sys
 
-import families
 import pytest
 import torch
-from harness.decoder import Decoder
-from harness.errors import UserError
-from harness.grid import Grid, nearest
-from harness.tensors import Weights
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint, cli, formats, precision, sequential
+import families
+from harness import cli, precision
+from harness.blocks import sequential
+from harness.blocks.decoder import Decoder
+from harness.checkpoint import formats, load
+from harness.checkpoint.weights import Weights
+from harness.errors import UserError
+from harness.quant.grid import Grid, nearest
 
 HALF = (torch.bfloat16, torch.float16)
 PROBE = """
@@ -142,7 +144,7 @@ def test_what_is_written_does_not_follow_what_is_computed_in(layout, stored, mod
     assert "| computed in | float32 |" in card
     assert f"| stored in | {precision.name(stored)} |" in card
     for computed in (stored, torch.float32):
-        ours = checkpoint.load_model(out, dtype=computed)
+        ours = load.load_model(out, dtype=computed)
         blocks = Decoder(out, dtype=computed)
         name = f"{blocks.prefix}.1.mlp.down_proj.weight"
         loaded = blocks.load(1).mlp.down_proj.weight

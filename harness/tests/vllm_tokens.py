@@ -27,7 +27,7 @@ NEW = 32
 @functools.cache
 def packs() -> bool:
     """Whether vLLM computes on packed integers here; else what needs it is skipped (NO_KERNELS)."""
-    from harness.vllm_loading import has_weight_only_kernels
+    from harness.generation.vllm_loading import has_weight_only_kernels
 
     return has_weight_only_kernels()
 

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from harness import publish
+from harness import locks, paths
 from harness.errors import UserError
 
 DONE, FAULT, MENDABLE, INTERRUPTED = 0, 1, 2, 130
@@ -122,7 +122,7 @@ def run(body: Callable[[], int | None]) -> int:
         traceback.print_exc()
         return FAULT
     finally:
-        publish.release_all()
+        locks.release_all()
 
 
 EPILOG = """examples:
@@ -322,7 +322,7 @@ def _convert_parser(commands) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from harness.evaluate import evaluate
+    from harness.commands.evaluate import evaluate
 
     return evaluate(args)
 
@@ -330,18 +330,18 @@ def _eval(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from harness import report
+    from harness.commands import report
 
     for flag in ("plot", "curve", "bubble"):
         if getattr(args, flag):
-            publish.check_place(Path(getattr(args, flag)), f"--{flag}")
+            paths.check_place(Path(getattr(args, flag)), f"--{flag}")
     loaded = [report.load(Path(name)) for name in args.results]
     print(report.comparison(loaded))
     for label in report.differing_protocols(loaded):
         print(f"note: {label} was not measured alike in all of these", file=sys.stderr)
     if args.plot or args.curve or args.bubble:
-        from harness.curves import bubble, curve
-        from harness.plot import plot
+        from harness.commands.curves import bubble, curve
+        from harness.commands.frontier import plot
 
         for path, draw in ((args.plot, plot), (args.curve, curve), (args.bubble, bubble)):
             if path:
@@ -351,19 +351,19 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from harness.generate import generate
+    from harness.commands.generate import generate
 
     return generate(args)
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from harness.convert import convert
+    from harness.commands.convert import convert
 
     return convert(args)
 
 
 def _info(args: argparse.Namespace) -> int:
-    from harness.info import info
+    from harness.commands.info import info
 
     print(info(args.model))
     return DONE

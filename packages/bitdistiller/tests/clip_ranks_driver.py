@@ -6,10 +6,11 @@ Results go to the working directory.
 import sys
 
 import torch
-from bitdistiller import autoclip
-from bitdistiller.clipping import clip
 
-from harness import decoder, distributed
+from bitdistiller import autoclip
+from bitdistiller.autoclip_run import clip
+from harness import distributed
+from harness.blocks import decoder
 
 
 def main(model, text):

@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 from bitdistiller import autoclip
+from harness.blocks import decoder
 from kill_driver import drive
-
-from harness import decoder
 
 
 def main(model, text, folder, times, seed):

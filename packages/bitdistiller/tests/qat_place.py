@@ -4,10 +4,11 @@ import json
 import random
 
 import datasets
-import families
 import torch
-from bitdistiller import train
 from safetensors.torch import load_file
+
+import families
+from bitdistiller import train
 
 STEPS = 3
 QUICK = ["--q_group_size", "16", "--model_max_length", "32", "--learning_rate", "0.003"]

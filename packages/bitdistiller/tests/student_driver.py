@@ -8,13 +8,15 @@ import json
 import sys
 from pathlib import Path
 
-import families
 import torch
-from bitdistiller import result, student
-from harness.grid import Grid
 from torch.nn import functional as F
 
-from harness import checkpoint, distributed, engine
+import families
+from bitdistiller import result, student
+from harness import distributed
+from harness.checkpoint import load
+from harness.quant.grid import Grid
+from harness.training import engine
 
 
 def main(folder, zero, learn, dtype, out):
@@ -22,9 +24,9 @@ def main(folder, zero, learn, dtype, out):
     engine.launch("cpu")
 
     def build():
-        return student.build(checkpoint.load_model(folder, dtype=dtype), Grid(2, 16), learn=learn)
+        return student.build(load.load_model(folder, dtype=dtype), Grid(2, 16), learn=learn)
 
-    built, teacher = build(), checkpoint.load_model(folder, dtype=dtype).requires_grad_(False)
+    built, teacher = build(), load.load_model(folder, dtype=dtype).requires_grad_(False)
     if int(zero) < 3:
         student.share(built, teacher)
     trained = [name for name, p in built.named_parameters() if p.requires_grad]
@@ -55,7 +57,7 @@ def main(folder, zero, learn, dtype, out):
                 model.get_parameter(name).copy_(found[name])
             plain, _, _ = result.finish(model)
             same = torch.equal(plain.eval()(ids).logits, expected)
-        dense = checkpoint.load_model(folder, dtype=dtype)
+        dense = load.load_model(folder, dtype=dtype)
         with torch.no_grad():
             same_teacher = torch.equal(dense(ids).logits, frozen)
         values = {"losses": losses, "same": same, "teacher": same_teacher}

@@ -3,20 +3,23 @@
 import json
 from pathlib import Path
 
-import families
 import pytest
-import runs
 import torch
-from bitdistiller import autoclip, clips, student
-from bitdistiller.clip_search import clamp, full_range, search
-from bitdistiller.clipping import UNCLIPPED, GroupMoments, clip, make_grid
-from harness.grid import Grid, nearest
-from harness.normal_float import nearest as nearest_level
-from harness.stages import get_matrix, linears
 from safetensors.torch import load_file
 
-from harness import checkpoint, data, perplexity, precision
-from harness import decoder as decoder_module
+import driving
+import families
+from bitdistiller import autoclip, clip_file, student
+from bitdistiller.autoclip_run import UNCLIPPED, GroupMoments, clip, make_grid
+from harness import precision
+from harness.blocks import decoder as decoder_module
+from harness.checkpoint import load
+from harness.data import corpora
+from harness.metrics import perplexity
+from harness.modules import get_matrix, linears
+from harness.quant.clip_search import clamp, full_range, search
+from harness.quant.grid import Grid, nearest
+from harness.quant.normal_float import nearest as nearest_level
 
 SETTINGS = {"n_samples": 5, "seqlen": 24, "q_group_size": 16, "bos": "none"}
 
@@ -35,7 +38,7 @@ def make(family, folder, **changes):
 def blocks_of(folder):
     """Block prefix -> block, and a function that runs the whole model over the calibration."""
     decoder = decoder_module.Decoder(Path(folder))
-    model = checkpoint.load_model(folder)
+    model = load.load_model(folder)
     blocks = enumerate(model.get_submodule(decoder.prefix))
     return model, {f"{decoder.prefix}.{index}": block for index, block in blocks}
 
@@ -67,10 +70,8 @@ def test_ranges_are_those_of_the_inputs_that_the_result_itself_gives(family, kin
     out = tmp_path / "out"
     clip(model, text, out=out, quant_type=kind, w_bit=None, format="dense", **SETTINGS)
     grid = make_grid(None, 16, kind)
-    ranges = clips.read(out, Path(model), grid)
-    windows = data.calibration(
-        checkpoint.load_tokenizer(model), text, nsamples=5, seqlen=24, seed=0
-    )
+    ranges = clip_file.read(out, Path(model), grid)
+    windows = corpora.calibration(load.load_tokenizer(model), text, nsamples=5, seqlen=24, seed=0)
     result, blocks = blocks_of(out)
     _, dense = blocks_of(model)
     inputs = inputs_of(result, blocks, windows)
@@ -113,16 +114,16 @@ def test_training_starts_at_the_clipped_checkpoint(
     model, text = make("llama", tmp_path, dtype=stored, num_hidden_layers=2)
     clip(model, text, out=tmp_path / "out", quant_type=kind, **SETTINGS)
     grid = make_grid(None, 16, kind)
-    ranges = clips.read(tmp_path / "out", Path(model), grid)
+    ranges = clip_file.read(tmp_path / "out", Path(model), grid)
     assert ("as float16 overflows" in capsys.readouterr().err) == (
         units and stored == torch.float16
     )
     computed = precision.choose_for_training("auto", stored, "cpu", model)
     assert computed == (torch.bfloat16 if units else torch.float32)
-    dense = checkpoint.load_model(model, dtype=computed)
+    dense = load.load_model(model, dtype=computed)
     built = student.build(dense, grid, ranges=ranges, dtype=stored)
     tokens = families.windows(2)
-    rounded = checkpoint.load_model(tmp_path / "out", dtype=computed)
+    rounded = load.load_model(tmp_path / "out", dtype=computed)
     assert torch.equal(built(tokens).logits, rounded(tokens).logits)
 
 
@@ -160,7 +161,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "| self_attn.q_proj | " in shown and "written to model-clip-w2" in shown
     out = tmp_path / "model-clip-w2"
-    assert (tmp_path / "cache/it.safetensors").read_bytes() == (out / clips.FILE).read_bytes()
+    assert (tmp_path / "cache/it.safetensors").read_bytes() == (out / clip_file.FILE).read_bytes()
     rows = json.loads((out / "compression_log.json").read_text())["layers"]
     for row in rows:
         kept = "q_proj" in row["name"] or "k_proj" in row["name"]
@@ -174,16 +175,16 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert autoclip.main([*words[:-2], "--format", "dense", "--out", "dense"]) == 0
     tokens = families.windows(2)
     with torch.no_grad():
-        packed, dense = (checkpoint.load_model(name)(tokens).logits for name in (out, "dense"))
+        packed, dense = (load.load_model(name)(tokens).logits for name in (out, "dense"))
     assert torch.equal(packed, dense)
-    assert load_file(out / clips.FILE).keys() == load_file("dense/clip.safetensors").keys()
+    assert load_file(out / clip_file.FILE).keys() == load_file("dense/clip.safetensors").keys()
 
 
 def test_two_ranks_clip_as_one(tmp_path):
     # Sizes that divide neither by the ranks nor by the width of a vector register.
     model, text = make("llama", tmp_path, num_hidden_layers=2, intermediate_size=80)
     driver = Path(__file__).with_name("clip_ranks_driver.py")
-    made = runs.two_ranks_equal_one(tmp_path, driver, model, text)
+    made = driving.two_ranks_equal_one(tmp_path, driver, model, text)
     assert made == {"int", "levels", "cli"}
 
 
@@ -191,24 +192,24 @@ def test_killed_runs_resume_to_the_same_bytes(tmp_path):
     model, text = make("llama", tmp_path / "inputs", num_hidden_layers=2)
     driver, folder = Path(__file__).with_name("clip_resume_driver.py"), tmp_path / "runs"
     folder.mkdir()
-    runs.killed_runs_equal_the_straight_one(folder, 2 + 2 + 3, driver, model, text, folder, 2, 0)
-    assert (folder / "time0" / clips.FILE).is_file()
+    driving.killed_runs_equal_the_straight_one(folder, 2 + 2 + 3, driver, model, text, folder, 2, 0)
+    assert (folder / "time0" / clip_file.FILE).is_file()
 
 
 @pytest.mark.slow
 def test_clipped_rounding_beats_rounding_on_the_embedded_model(tmp_path):
-    tokenizer = checkpoint.load_tokenizer("tiny-llama")
-    windows = data.evaluation(tokenizer, "stdlib", seqlen=512, limit=40)
+    tokenizer = load.load_tokenizer("tiny-llama")
+    windows = corpora.evaluation(tokenizer, "stdlib", seqlen=512, limit=40)
 
     def loss(model):
         return perplexity.perplexity(model, windows, batch_size=8).value
 
     for bits, gain in ((2, 0.8), (3, 0.98)):
-        grid, model = Grid(bits, 128), checkpoint.load_model("tiny-llama")
-        prefix = decoder_module.Decoder(checkpoint.resolve("tiny-llama")).prefix
+        grid, model = Grid(bits, 128), load.load_model("tiny-llama")
+        prefix = decoder_module.Decoder(load.resolve("tiny-llama")).prefix
         for module in linears(model.get_submodule(prefix)).values():
             weight = nearest(module.weight.data.float(), grid, module.weight.dtype)
             module.weight.data = weight.dequantize(module.weight.dtype)
         out = tmp_path / str(bits)
         clip("tiny-llama", "stdlib", out=out, w_bit=bits, n_samples=16, seqlen=256)
-        assert loss(checkpoint.load_model(out)) < gain * loss(model)
+        assert loss(load.load_model(out)) < gain * loss(model)

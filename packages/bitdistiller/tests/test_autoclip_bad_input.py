@@ -4,17 +4,18 @@ import re
 import shutil
 from pathlib import Path
 
-import families
 import pytest
-import runs
 import torch
-from bitdistiller import clips
-from bitdistiller.autoclip import main
-from bitdistiller.clipping import clip
-from harness.errors import UserError
-from harness.grid import Grid
-from harness.normal_float import NormalFloat
 from safetensors.torch import load_file, save_file
+
+import driving
+import families
+from bitdistiller import clip_file
+from bitdistiller.autoclip import main
+from bitdistiller.autoclip_run import clip
+from harness.errors import UserError
+from harness.quant.grid import Grid
+from harness.quant.normal_float import NormalFloat
 
 QUICK = ["--n_samples", "4", "--seqlen", "32", "--q_group_size", "16"]
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -98,7 +99,7 @@ WORDS = {
 @pytest.mark.parametrize("case", WORDS)
 def test_words(case, place, capsys):
     words, message = WORDS[case]
-    line = runs.refused(capsys, main, *words)
+    line = driving.refused(capsys, main, *words)
     assert re.search(message, line), line
     assert {p.name for p in place.iterdir()} == {"model", "other", "text.txt", "clipped"}
 
@@ -107,18 +108,18 @@ def test_damaged_weights(place, capsys):
     tensors = load_file(place / "model" / "model.safetensors")
     tensors[DOWN] = torch.full_like(tensors[DOWN], torch.nan)
     save_file(tensors, place / "model" / "model.safetensors", metadata={"format": "pt"})
-    line = runs.refused(capsys, main, "model", "text.txt", *QUICK)
+    line = driving.refused(capsys, main, "model", "text.txt", *QUICK)
     assert f"{DOWN} holds NaN or infinite" in line and not (place / "out").exists()
     tensors[DOWN] = torch.zeros_like(tensors[DOWN], dtype=torch.int8)
     save_file(tensors, place / "model" / "model.safetensors", metadata={"format": "pt"})
-    line = runs.refused(capsys, main, "model", "text.txt", *QUICK, "--no-resume")
+    line = driving.refused(capsys, main, "model", "text.txt", *QUICK, "--no-resume")
     assert f"{DOWN} in model holds no floating values" in line
 
 
 def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
-    import harness.block_pass
+    import harness.blocks.block_pass
 
-    real = harness.block_pass.BlockPass.compress
+    real = harness.blocks.block_pass.BlockPass.compress
 
     def stop(self, index):
         if index == 1:
@@ -126,13 +127,13 @@ def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
         return real(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.block_pass.BlockPass, "compress", stop)
+        patch.setattr(harness.blocks.block_pass.BlockPass, "compress", stop)
         assert main(["model", "text.txt", *QUICK, "--out", "out"]) == 130
-    line = runs.refused(capsys, main, "model", "text.txt", *QUICK, "--w_bit", "3")
+    line = driving.refused(capsys, main, "model", "text.txt", *QUICK, "--w_bit", "3")
     assert "settings, w_bit: 2 there, 3 now" in line and "--no-resume" in line
     assert main(["model", "text.txt", *QUICK, "--out", "out"]) == 0
-    assert (place / "out" / clips.FILE).read_bytes() == (
-        place / "clipped" / clips.FILE
+    assert (place / "out" / clip_file.FILE).read_bytes() == (
+        place / "clipped" / clip_file.FILE
     ).read_bytes()
 
 
@@ -141,7 +142,7 @@ def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
 
 def test_a_good_file_is_read(place):
     for path in ("clipped", "clipped/clip.safetensors"):
-        ranges = clips.read(path, Path("model"), Grid(2, 16))
+        ranges = clip_file.read(path, Path("model"), Grid(2, 16))
         assert len(ranges) == 2 * 7
         low, high = ranges["model.layers.1.mlp.down_proj"]
         assert low.shape == high.shape == (32, 3) and (low <= 0).all() and (high >= 0).all()
@@ -175,32 +176,32 @@ CLIPS = {
 def test_clip_files(case, place):
     path, model, grid, message = CLIPS[case]
     with pytest.raises(UserError, match=message) as raised:
-        clips.read(path, Path(model), grid)
+        clip_file.read(path, Path(model), grid)
     assert "\n" not in str(raised.value)
 
 
 def test_a_range_with_one_end(place):
-    path = place / "clipped" / clips.FILE
+    path = place / "clipped" / clip_file.FILE
     tensors = load_file(path)
     del tensors["model.layers.0.mlp.down_proj.high"]
-    save_file(tensors, path, metadata=clips.note(Path("model"), Grid(2, 16)))
+    save_file(tensors, path, metadata=clip_file.note(Path("model"), Grid(2, 16)))
     with pytest.raises(UserError, match="damaged: some group has one end only"):
-        clips.read(path, Path("model"), Grid(2, 16))
+        clip_file.read(path, Path("model"), Grid(2, 16))
 
 
 def test_a_dump_that_cannot_be_written_is_said_when_all_else_is_done(place, capsys, monkeypatch):
-    monkeypatch.setattr("harness.publish.check_place", lambda *words: None)
+    monkeypatch.setattr("harness.paths.check_place", lambda *words: None)
     words = ["model", "text.txt", *QUICK, "--dump_clip", "text.txt/it.safetensors", "--out", "out"]
     assert main(words) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "out is complete, but text.txt/it.safetensors could not be written (File exists" in line
-    assert (place / "out" / clips.FILE).is_file()
+    assert (place / "out" / clip_file.FILE).is_file()
 
 
 def test_type_is_told_apart_at_equal_bits(place):
     clip("model", "text.txt", out="nf3", quant_type="nf3", n_samples=4, seqlen=32, q_group_size=16)
-    clips.read("nf3", Path("model"), NormalFloat(3, 16))
+    clip_file.read("nf3", Path("model"), NormalFloat(3, 16))
     with pytest.raises(
         UserError, match=r"for quant_type nf3, asked for is int; .*--quant_type int"
     ):
-        clips.read("nf3", Path("model"), Grid(3, 16))
+        clip_file.read("nf3", Path("model"), Grid(3, 16))

@@ -5,13 +5,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import families
 import pytest
-import runs
-from bitdistiller.generate import main
-from harness.responses import Sampling, open_engine
 
-from harness import checkpoint, example_sets
+import driving
+import families
+from bitdistiller.generate import main
+from harness.checkpoint import load
+from harness.data import example_sets
+from harness.generation.responses import Sampling, open_engine
 
 FLAGS = ["--engine", "transformers", "--max_new_tokens", "12", "--batch_size", "3"]
 SETS = ["--dataset", "alpaca=asked.jsonl,more.jsonl", "--max_sample", "6,9"]
@@ -44,7 +45,7 @@ def test_every_row_is_what_the_model_says_to_it(place, capsys):
     # The order is the sets' own, for there is nothing to draw.
     assert found[0]["prompt"] == families.TEXT[:7] + "\n"
     assert [row["prompt"] for row in found[8:]] == [families.TEXT[i : i + 12] for i in range(10)]
-    tokenizer = checkpoint.load_tokenizer("teacher")
+    tokenizer = load.load_tokenizer("teacher")
     ask = open_engine(
         SimpleNamespace(engine="transformers", dtype="auto"), place / "teacher", "cpu", tokenizer,
         Sampling(12, 0.7), 64,
@@ -77,7 +78,7 @@ def test_every_row_is_what_the_model_says_to_it(place, capsys):
 KILLED = """
 import os, signal, sys
 from bitdistiller import generate
-from harness import responses
+from harness.generation import responses
 real = responses.transformers_engine
 def dying(*args):
     ask, calls = real(*args), []
@@ -111,8 +112,8 @@ def test_a_killed_run_ends_with_the_same_bytes(place, capsys):
 @pytest.mark.slow
 def test_two_ranks_say_what_one_says(place):
     words = ["-m", "bitdistiller.generate", "teacher", *SETS, *FLAGS]
-    for name, launcher in (("one", ()), ("two", runs.TWO_RANKS)):
-        done = runs.python(*words, "--out", f"{name}.jsonl", launcher=launcher, cwd=place)
+    for name, launcher in (("one", ()), ("two", driving.TWO_RANKS)):
+        done = driving.python(*words, "--out", f"{name}.jsonl", launcher=launcher, cwd=place)
         assert launcher or done.returncode == 0, done.stderr
     assert (place / "one.jsonl").read_bytes() == (place / "two.jsonl").read_bytes()
 

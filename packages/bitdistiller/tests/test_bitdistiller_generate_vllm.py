@@ -12,11 +12,12 @@ import sys
 
 import pytest
 import torch
-import vllm_tokens
-from harness.response_file import continuations
-from harness.responses import Sampling, transformers_engine
 
-from harness import checkpoint, example_sets
+import vllm_tokens
+from harness.checkpoint import load
+from harness.data import example_sets
+from harness.generation.response_file import continuations
+from harness.generation.responses import Sampling, transformers_engine
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,7 +31,7 @@ COMMAND = [MODEL, "--dataset", "asked.jsonl", "--max_new_tokens", str(NEW), "--d
 DRIVER = """
 import os, signal, sys
 from bitdistiller import generate
-from harness import responses
+from harness.generation import responses
 real, engines = responses.start_vllm, []
 class Dying:
     def __init__(self, engine):
@@ -77,8 +78,8 @@ def rows(path):
 def test_greedy_text_is_that_of_transformers(place):
     found = rows(place / "greedy.jsonl")
     assert [row["prompt"] for row in found] == vllm_tokens.TEXTS
-    tokenizer = checkpoint.load_tokenizer(MODEL)
-    model = checkpoint.load_model(MODEL, dtype="float32")
+    tokenizer = load.load_tokenizer(MODEL)
+    model = load.load_model(MODEL, dtype="float32")
     prompts = example_sets.prompt_ids(tokenizer, vllm_tokens.TEXTS)
     said = transformers_engine(model, tokenizer, Sampling(NEW, temperature=0.0))(prompts, [0] * 6)
     agreed = 0

@@ -7,13 +7,13 @@ import importlib.util
 
 import pytest
 import torch
-import vllm_tokens
-from bitdistiller import export, student
-from harness.grid import Grid
 from test_student import stored
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint
+import vllm_tokens
+from bitdistiller import export, student
+from harness.checkpoint import load
+from harness.quant.grid import Grid
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,17 +22,17 @@ pytestmark = [
 
 
 def test_a_result_and_its_export_generate_what_the_dense_twin_does(tmp_path):
-    source = checkpoint.resolve("tiny-llama")
+    source = load.resolve("tiny-llama")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     result = stored(student.build(model, Grid(4, 128)), source, tmp_path / "result")
     packed = tmp_path / "packed"
     assert export.main([str(result), "--out", str(packed)]) == 0
-    tokenizer = checkpoint.load_tokenizer("tiny-llama")
+    tokenizer = load.load_tokenizer("tiny-llama")
     prompts = [tokenizer(text)["input_ids"] for text in vllm_tokens.TEXTS]
     folders = [result, packed] if vllm_tokens.packs() else [result]
     tokens, log = vllm_tokens.ask(folders, prompts, tmp_path)
 
-    twin = checkpoint.load_model(result, dtype=torch.bfloat16)
+    twin = load.load_model(result, dtype=torch.bfloat16)
     expected = vllm_tokens.transformers_tokens(twin, prompts)
     eps, exact = torch.finfo(twin.dtype).eps, twin.float()
     for folder in folders:

@@ -4,18 +4,20 @@ import math
 import re
 from pathlib import Path
 
-import families
 import pytest
-import runs
 import torch
-from bitdistiller import blockwise, clips, export, result, student, train
-from harness.grid import Grid, nearest
-from harness.stages import get_matrix
 from test_quantizer import learned, through
 from test_student import logits, make_ranges, rounded
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint, data, writer
+import driving
+import families
+from bitdistiller import blockwise, clip_file, export, result, student, train
+from harness import paths
+from harness.checkpoint import load
+from harness.data import corpora
+from harness.modules import get_matrix
+from harness.quant.grid import Grid, nearest
 
 FLAGS = "--q_group_size 16 --nsamples 6 --val_size 2 --seqlen 16"
 
@@ -49,7 +51,7 @@ def test_without_training_it_is_rounding(clipped, dtype, inputs, tmp_path):
     if clipped:
         ends = {f"{n}.low": r[0] for n, r in ranges.items()}
         ends |= {f"{n}.high": r[1] for n, r in ranges.items()}
-        writer.save_tensors(tmp_path / clips.FILE, ends, clips.note(inputs[0], grid))
+        paths.save_tensors(tmp_path / clip_file.FILE, ends, clip_file.note(inputs[0], grid))
         words += ["--clip", str(tmp_path)]
     else:
         ranges = {n: (low * 2, high * 2) for n, (low, high) in ranges.items()}
@@ -65,8 +67,8 @@ def test_a_block_is_trained_as_plain_autograd_does(inputs, tmp_path):
     assert run(inputs, tmp_path / "out", *words) == 0
 
     model = plain(inputs[0]).requires_grad_(False)
-    tokenizer = checkpoint.load_tokenizer(inputs[0])
-    windows = data.calibration(tokenizer, str(inputs[1]), nsamples=8, seqlen=16, seed=0)
+    tokenizer = load.load_tokenizer(inputs[0])
+    windows = corpora.calibration(tokenizer, str(inputs[1]), nsamples=8, seqlen=16, seed=0)
     first, seen = model.model.layers[0], []
     first.register_forward_hook(lambda m, a, k, y: seen.append((a, k, y)), with_kwargs=True)
     batches = windows[:6].split(3)
@@ -144,7 +146,7 @@ def test_conv1d(tmp_path, inputs):
 
 def test_killed_runs_resume_to_the_same_bytes(inputs, tmp_path):
     driver = Path(__file__).with_name("blockwise_driver.py")
-    runs.killed_runs_equal_the_straight_one(tmp_path, 2 + 2 + 5, driver, *inputs, tmp_path, 2, 0)
+    driving.killed_runs_equal_the_straight_one(tmp_path, 2 + 2 + 5, driver, *inputs, tmp_path, 2, 0)
 
 
 def test_refusals(inputs, tmp_path, capsys, monkeypatch):
@@ -188,5 +190,5 @@ def test_linears_left_dense_go_through_training_and_export(inputs, tmp_path):
         assert export.main([str(tmp_path / made), "--out", str(out)]) == 0
         config = (out / "config.json").read_text()
         assert '"model.layers.1.mlp.down_proj"' in config
-        whole = checkpoint.load_model(out).state_dict()
+        whole = load.load_model(out).state_dict()
         assert torch.equal(whole[name], dense)

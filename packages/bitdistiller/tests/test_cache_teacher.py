@@ -1,6 +1,7 @@
 """A teacher's cache: what it holds is tested in `packages/minillm/tests/test_teacher_cache.py`."""
 
 import pytest
+
 from bitdistiller.cache_teacher import main
 
 

@@ -2,19 +2,20 @@
 
 import copy
 
-import families
 import pytest
 import torch
 import yaml
-from bitdistiller import export, result, student
-from harness.grid import Grid
-from harness.normal_float import NormalFloat
-from harness.tensors import Weights
 from safetensors.torch import load_file
 from test_student import logits, stored
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint, writer
+import families
+from bitdistiller import export, result, student
+from harness import paths
+from harness.checkpoint import load
+from harness.checkpoint.weights import Weights
+from harness.quant.grid import Grid
+from harness.quant.normal_float import NormalFloat
 
 # 128 inputs in the widest linear, and sizes that fill the words of the gptq format at 3 bits.
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -40,7 +41,7 @@ def test_packed_logits_are_those_of_the_student(bits, size, dtype, tmp_path, cap
     assert run(folder, "--out", tmp_path / "out") == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     assert torch.equal(logits(loaded), expected)
-    assert torch.equal(logits(checkpoint.load_model(tmp_path / "out", dtype=dtype)), expected)
+    assert torch.equal(logits(load.load_model(tmp_path / "out", dtype=dtype)), expected)
     assert Weights(tmp_path / "out").layout == "compressed-tensors"
     printed = capsys.readouterr().out
     assert ("vLLM" in printed) == (bits == 4) and "transformers" in printed
@@ -55,7 +56,7 @@ def test_gptq_and_dense(bits, size, tmp_path):
     folder, expected = make(tmp_path, Grid(bits, size))
     for layout in ("gptq", "dense"):
         assert run(folder, "--format", layout, "--out", tmp_path / f"as-{layout}") == 0
-        model = checkpoint.load_model(tmp_path / f"as-{layout}", dtype=torch.bfloat16)
+        model = load.load_model(tmp_path / f"as-{layout}", dtype=torch.bfloat16)
         assert torch.equal(logits(model), expected)
     assert Weights(tmp_path / "as-gptq").layout == "gptq"
 
@@ -63,7 +64,7 @@ def test_gptq_and_dense(bits, size, tmp_path):
 def test_conv1d(tmp_path):
     folder, expected = make(tmp_path, Grid(3, 16), torch.float32, "gpt2", n_layer=2)
     assert run(folder, "--out", tmp_path / "out") == 0
-    assert torch.equal(logits(checkpoint.load_model(tmp_path / "out")), expected)
+    assert torch.equal(logits(load.load_model(tmp_path / "out")), expected)
 
 
 def test_normal_float_stays_dense(tmp_path, capsys):
@@ -71,7 +72,7 @@ def test_normal_float_stays_dense(tmp_path, capsys):
     assert run(folder, "--out", tmp_path / "out") == 2
     assert "--format dense" in capsys.readouterr().err
     assert run(folder, "--format", "dense", "--out", tmp_path / "out") == 0
-    loaded = checkpoint.load_model(tmp_path / "out", dtype=torch.bfloat16)
+    loaded = load.load_model(tmp_path / "out", dtype=torch.bfloat16)
     assert torch.equal(logits(loaded), expected)
 
 
@@ -94,10 +95,10 @@ def test_refusals(tmp_path, capsys):
     changed = copy.deepcopy(grids)
     changed["model.layers.1.mlp.up_proj.zero"][3] += 1
     note = {result.NOTE: result.note(Grid(2, 32))}
-    writer.save_tensors(folder / result.FILE, changed, note)
+    paths.save_tensors(folder / result.FILE, changed, note)
     assert "changed after training" in refused(folder, *out)
     del changed["model.layers.1.mlp.up_proj.scale"]
-    writer.save_tensors(folder / result.FILE, changed, note)
+    paths.save_tensors(folder / result.FILE, changed, note)
     assert "lacks model.layers.1.mlp.up_proj" in refused(folder, *out)
-    writer.save_tensors(folder / result.FILE, grids, {"other": "x"})
+    paths.save_tensors(folder / result.FILE, grids, {"other": "x"})
     assert "damaged or not of this program" in refused(folder, *out)

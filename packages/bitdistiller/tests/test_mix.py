@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from bitdistiller.mix import main
 
-from harness import example_sets
+from bitdistiller.mix import main
+from harness.data import example_sets
 
 
 @pytest.fixture

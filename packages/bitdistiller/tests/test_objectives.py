@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
-import families
 import pytest
 import torch
-from bitdistiller import objectives
 
-from harness import batching, teacher_cache
+import families
+from bitdistiller import objectives
+from harness.training import batching, teacher_cache
 
 BETA = 0.3
 

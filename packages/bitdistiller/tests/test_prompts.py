@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from bitdistiller.prompts import draw, parse, passages, prompts
-from harness.errors import UserError
 
-from harness import data, stdlib
+from bitdistiller.prompts import draw, parse, passages, prompts
+from harness.data import corpora, stdlib
+from harness.errors import UserError
 
 WIKITEXT = Path(__file__).parents[4] / "shared/data/wikitext-2"
 LONG = "x" * 513
@@ -106,7 +106,7 @@ def test_the_embedded_sets_are_of_the_training_part(monkeypatch):
     assert all(prompt.strip() for prompt in found)
     train = "".join(stdlib.documents("train").values())
     assert all(prompt in train for prompt in found[::500])
-    monkeypatch.setattr(data, "instructions", lambda *which: [{"prompt": " ".join(which)}])
+    monkeypatch.setattr(corpora, "instructions", lambda *which: [{"prompt": " ".join(which)}])
     assert prompts("stdlib-doc") == ["stdlib-doc train"]
 
 

@@ -4,25 +4,20 @@ import json
 import re
 from functools import partial
 
-import families
 import pytest
 import qat_place as qat
 import torch
 import yaml
-from bitdistiller import autoclip, cache_teacher, result, student
-from harness.grid import Grid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import (
-    batching,
-    checkpoint,
-    data,
-    engine,
-    example_sets,
-    perplexity,
-    publish,
-    validation,
-)
+import families
+from bitdistiller import autoclip, cache_teacher, result, student
+from harness import paths
+from harness.checkpoint import load
+from harness.data import corpora, example_sets
+from harness.metrics import perplexity
+from harness.quant.grid import Grid
+from harness.training import batching, engine, validation
 
 GRID = Grid(2, 16)
 
@@ -137,9 +132,9 @@ def test_what_was_evaluated_is_what_loads(place, tmp_path, monkeypatch, model, d
     assert {t.dtype for t in stored.values()} == {t.dtype for t in before.values()}
     embedding = "model.embed_tokens.weight"
     assert torch.equal(stored[embedding], before[embedding])
-    model = checkpoint.load_model(out, dtype=dtype)
-    windows = data.evaluation(
-        checkpoint.load_tokenizer(out), str(place / "text.txt"), seqlen=64, limit=4
+    model = load.load_model(out, dtype=dtype)
+    windows = corpora.evaluation(
+        load.load_tokenizer(out), str(place / "text.txt"), seqlen=64, limit=4
     )
     with torch.no_grad():
         assert torch.equal(model(windows[:2]).logits, looked[written])
@@ -154,9 +149,9 @@ def test_what_was_evaluated_is_what_loads(place, tmp_path, monkeypatch, model, d
 def test_the_clipped_checkpoint_is_where_it_begins(place, clipped, tmp_path):
     words = ["--ppl", place / "text.txt", "--ppl_limit", 4]
     out = qat.run(place, tmp_path / "out", "--clip", clipped, *words, steps=1)
-    model = checkpoint.load_model(clipped)
-    tokenizer = checkpoint.load_tokenizer(clipped)
-    windows = data.evaluation(tokenizer, str(place / "text.txt"), seqlen=64, limit=4)
+    model = load.load_model(clipped)
+    tokenizer = load.load_tokenizer(clipped)
+    windows = corpora.evaluation(tokenizer, str(place / "text.txt"), seqlen=64, limit=4)
     assert qat.looks(out)[0]["perplexity"] == perplexity.perplexity(model, windows).value
     plain = qat.run(place, tmp_path / "plain", *words, steps=1)
     assert qat.looks(plain)[0] != qat.looks(out)[0]
@@ -184,9 +179,9 @@ def test_a_killed_run_is_not_gone_on_with_by_another(
     words += ["--topk", 4, "--model_max_length", 32]
     assert cache_teacher.main([str(word) for word in words]) == 0
     result_of = qat.run(place, tmp_path / "first", steps=1)
-    paths = {"--clip": clipped, "--start": result_of, "--teacher_cache": tmp_path / "cache4"}
+    folders = {"--clip": clipped, "--start": result_of, "--teacher_cache": tmp_path / "cache4"}
     learn = ["--learn", "all" if flag == "--start" else "weights"]
-    given = [*learn, flag, paths[flag]]
+    given = [*learn, flag, folders[flag]]
     real = engine.train_step
 
     def stop(running, plan, step, *rest):
@@ -296,26 +291,26 @@ def test_the_card_shows_what_counted(place, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dry_run_tells_the_disk_that_the_run_takes(place, tmp_path, monkeypatch, capsys, dtype):
     words = ["--save_steps", 1, "--eval_steps", 1, "--train_kd", "False", "--dtype", dtype]
-    run = partial(qat.run, place, tmp_path / "out", *words, model=checkpoint.ASSETS / "tiny-llama")
+    run = partial(qat.run, place, tmp_path / "out", *words, model=load.ASSETS / "tiny-llama")
     run("--dry-run")
     told = float(re.search(r"while it runs ([\d.]+) MB", capsys.readouterr().out)[1])
     sizes = []
-    real = publish.write_text
+    real = paths.write_text
 
     def spy(path, text):
         found = (tmp_path / "out.partial").rglob("*")
         sizes.append(sum(p.stat().st_size for p in found if p.is_file()) / 1e6)
         real(path, text)
 
-    monkeypatch.setattr(publish, "write_text", spy)
+    monkeypatch.setattr(paths, "write_text", spy)
     run()
     assert 0.95 * told < max(sizes) < 1.05 * told
 
 
 def test_cross_entropy_needs_no_teacher(place, tmp_path, monkeypatch):
     loaded = []
-    real = checkpoint.load_model
-    monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: loaded.append(a) or real(*a, **k))
+    real = load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *a, **k: loaded.append(a) or real(*a, **k))
     out = qat.run(place, tmp_path / "out", "--train_kd", "False", "--eval_steps", 3)
     assert len(loaded) == 2  # the student, and the result
     rows = qat.looks(out)

@@ -3,15 +3,15 @@
 import json
 import shutil
 
-import families
 import pytest
 import qat_place as qat
-import runs
-from bitdistiller import material, train
-from harness.grid import Grid
 from safetensors.torch import load_file, save_file
 
-from harness import checkpoint
+import driving
+import families
+from bitdistiller import train, train_examples
+from harness.checkpoint import load
+from harness.quant.grid import Grid
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def here(place, tmp_path, monkeypatch):
 
 def refused(capsys, *words, model="model"):
     words = [model, "--data", "set.jsonl", *qat.QUICK, *words]
-    line = runs.refused(capsys, train.main, *map(str, words))
-    assert not list(checkpoint.Path(".").glob("out*"))
+    line = driving.refused(capsys, train.main, *map(str, words))
+    assert not list(load.Path(".").glob("out*"))
     return line
 
 
@@ -90,14 +90,14 @@ def test_models_that_are_no_teacher(place, capsys):
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     words = ["packed", "--data", "set.jsonl"]
-    line = runs.refused(capsys, train.main, *words)
+    line = driving.refused(capsys, train.main, *words)
     assert "packed is packed already; give the dense model" in line
     shutil.rmtree(folder)
     shutil.copytree(place / "model", folder)
     (folder / "grid.safetensors").write_bytes(b"")
-    line = runs.refused(capsys, train.main, *words)
+    line = driving.refused(capsys, train.main, *words)
     assert "holds quantized values, no teacher" in line and "--start packed" in line
-    assert "no model is named" in runs.refused(capsys, train.main, "--data", "set.jsonl")
+    assert "no model is named" in driving.refused(capsys, train.main, "--data", "set.jsonl")
 
 
 def test_a_clip_file_of_another_model(place, capsys):
@@ -114,9 +114,8 @@ def test_a_clip_file_of_another_model(place, capsys):
 
 def damaged(place, change):
     """clip.safetensors of the model in bad.safetensors, with the ranges of one linear changed."""
-    from bitdistiller import autoclip, clips
-
-    from harness import writer
+    from bitdistiller import autoclip, clip_file
+    from harness import paths
 
     if not (place / "own").exists():
         words = ["model", "text.txt", "--w_bit", "2", "--q_group_size", "16", "--n_samples", "4"]
@@ -124,14 +123,14 @@ def damaged(place, change):
     tensors = load_file("own/clip.safetensors")
     key = "model.layers.1.mlp.up_proj.low"
     tensors[key] = change(tensors[key])
-    note = clips.note(place / "model", Grid(2, 16))
-    writer.save_tensors(place / "bad.safetensors", tensors, note)
+    note = clip_file.note(place / "model", Grid(2, 16))
+    paths.save_tensors(place / "bad.safetensors", tensors, note)
 
 
 @pytest.fixture
 def nothing_read(monkeypatch):
     """Data is not looked at: it may take an hour."""
-    monkeypatch.setattr(material, "read", None)
+    monkeypatch.setattr(train_examples, "read", None)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,7 @@ def test_what_the_student_cannot_be_is_refused_before_data_is_read(
     trained = qat.run(place, tmp_path / "trained", steps=1)
     damaged(place, lambda low: low)
     families.save("llama", place / "wide", tokenizer=True, num_hidden_layers=2, hidden_size=64)
-    monkeypatch.setattr(material, "read", None)
+    monkeypatch.setattr(train_examples, "read", None)
     begun = ["--start", trained]
     for words, message in (
         (["--quant_type", "nf3", "--learn", "all"], "no scales to learn"),

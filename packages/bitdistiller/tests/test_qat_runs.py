@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import qat_place as qat
-import runs
 import torch
 
-KILLER = str(Path(runs.__file__).with_name("step_killer.py"))
+import driving
+
+KILLER = str(Path(driving.__file__).with_name("step_killer.py"))
 MODULE = ["-m", "bitdistiller.train"]
 
 
@@ -26,7 +27,7 @@ def launch(place, folder, *words, launcher=MODULE, code=0):
     os.environ["HF_DATASETS_CACHE"] = str(place / "cache")
     words = [place / "model", "--data", place / "set.jsonl", *qat.QUICK, "--out", "out", *words]
     words += ["--max_steps", 10, "--eval_steps", 3]
-    done = runs.python(*words, launcher=launcher, cwd=folder)
+    done = driving.python(*words, launcher=launcher, cwd=folder)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stderr
 
@@ -46,7 +47,11 @@ def test_a_killed_run_ends_in_the_same_bytes(place, straight, tmp_path):
     assert "resuming: 6 steps are done" in launch(place, tmp_path, *words)
     # TensorBoard's events have the time.
     found, wanted = (
-        {name: value for name, value in runs.contents(folder).items() if "tensorboard" not in name}
+        {
+            name: value
+            for name, value in driving.contents(folder).items()
+            if "tensorboard" not in name
+        }
         for folder in (tmp_path / "out", expected)
     )
     assert found == wanted and "grid.safetensors" in found
@@ -56,7 +61,7 @@ def test_a_killed_run_ends_in_the_same_bytes(place, straight, tmp_path):
 @pytest.mark.parametrize(
     ("words", "launcher"),
     [
-        (["--zero", 2], [*runs.TWO_RANKS, *MODULE]),
+        (["--zero", 2], [*driving.TWO_RANKS, *MODULE]),
         (["--zero", 3, "--gradient_accumulation_steps", 2], MODULE),
     ],
     ids=["two ranks, ZeRO 2", "ZeRO 3"],

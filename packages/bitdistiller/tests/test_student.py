@@ -3,17 +3,18 @@
 import copy
 import json
 
-import families
 import pytest
 import torch
-from bitdistiller import quantizer, result, student
-from harness.errors import UserError
-from harness.grid import Grid, nearest
-from harness.normal_float import NormalFloat
-from harness.stages import get_matrix, set_matrix
 from transformers import AutoModelForCausalLM
 
-from harness import normal_float, save
+import families
+from bitdistiller import result, student
+from harness.checkpoint import save
+from harness.errors import UserError
+from harness.modules import get_matrix, set_matrix
+from harness.quant import fake_quant, normal_float
+from harness.quant.grid import Grid, nearest
+from harness.quant.normal_float import NormalFloat
 
 GRID = Grid(2, 16)
 IDS = families.windows(2, 12)
@@ -73,7 +74,7 @@ def test_what_is_trained(learn):
     names = set(families.build("opt").state_dict())
     built = student.build(families.build("opt"), GRID, learn=learn)
     trained = {n for n, p in built.named_parameters() if p.requires_grad}
-    linears = {n for n, m in built.named_modules() if isinstance(m, quantizer.FakeQuantLinear)}
+    linears = {n for n, m in built.named_modules() if isinstance(m, fake_quant.FakeQuantLinear)}
     scales = {f"{n}.scale" for n in linears} if learn != "weights" else set()
     zeros = {f"{n}.zero" for n in linears} if learn == "all" else set()
     assert trained - names == scales | zeros

@@ -4,9 +4,10 @@ import importlib.util
 import json
 from pathlib import Path
 
-import families
 import pytest
-import runs
+
+import driving
+import families
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -16,7 +17,7 @@ DRIVER = Path(__file__).with_name("student_driver.py")
 
 def train(folder, zero, learn, dtype="float32", launcher=()):
     out = folder / f"{zero}-{learn}-{dtype}-{len(launcher)}.json"
-    done = runs.python(DRIVER, folder / "model", zero, learn, dtype, out, launcher=launcher)
+    done = driving.python(DRIVER, folder / "model", zero, learn, dtype, out, launcher=launcher)
     assert out.is_file(), done.stderr[-3000:]
     found = json.loads(out.read_text())
     assert found["same"] and found["teacher"]
@@ -38,4 +39,4 @@ def test_bfloat16_at_stage_1(folder):
 @pytest.mark.parametrize("learn", ["weights", "scales", "all"])
 def test_weights_in_parts_train_alike(learn, folder):
     expected = train(folder, 0, learn)
-    assert train(folder, 3, learn, launcher=runs.TWO_RANKS) == pytest.approx(expected, rel=1e-5)
+    assert train(folder, 3, learn, launcher=driving.TWO_RANKS) == pytest.approx(expected, rel=1e-5)

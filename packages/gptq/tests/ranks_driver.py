@@ -6,9 +6,10 @@ Results go to the working directory. At the end the rows of a matrix are dealt o
 import sys
 
 import torch
-from gptq import cli, quantize
 
-from harness import decoder, distributed
+from gptq import cli, quantize
+from harness import distributed
+from harness.blocks import decoder
 
 COMMON = {"seqlen": 32, "groupsize": 16}
 RUNS = {

@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 
-import families
 import pytest
-import runs
 import torch
-from gptq.cli import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, T5Config
+
+import driving
+import families
+from gptq.cli import main
 
 QUICK = ["--nsamples", "4", "--seqlen", "32"]
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -41,7 +42,7 @@ def place(good, tmp_path, monkeypatch):
 
 
 def refused(capsys, *words, code=2) -> str:
-    return runs.refused(capsys, main, *words, code=code)
+    return driving.refused(capsys, main, *words, code=code)
 
 
 def nothing_made(place):
@@ -112,9 +113,9 @@ def test_the_model_is_not_its_own_output(place, capsys):
 
 
 def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
-    import harness.block_pass
+    import harness.blocks.block_pass
 
-    real = harness.block_pass.BlockPass.compress
+    real = harness.blocks.block_pass.BlockPass.compress
 
     def stop(self, index):
         if index == 1:
@@ -122,7 +123,7 @@ def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
         return real(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.block_pass.BlockPass, "compress", stop)
+        patch.setattr(harness.blocks.block_pass.BlockPass, "compress", stop)
         assert main(["model", "text.txt", *QUICK, "--out", "out"]) == 130
     line = refused(capsys, "model", "text.txt", *QUICK, "--wbits", "3")
     assert "settings, wbits: 4 there, 3 now" in line and "--no-resume" in line
@@ -262,14 +263,14 @@ def test_half_of_a_sharded_model(place, capsys):
 
 
 @pytest.mark.parametrize(
-    "where", ["writer.save_file", "writer.shutil.copyfile", "writer.Path.write_text"]
+    "where", ["safetensors.torch.save_file", "shutil.copyfile", "pathlib.Path.write_text"]
 )
 def test_full_disk(where, place, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "out.partial/x")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"harness.{where}", full)
+        patch.setattr(where, full)
         line = refused(capsys, "model", "text.txt", *QUICK)
     assert "the disk is full" in line and "free some space" in line
     assert not (place / "out").exists()

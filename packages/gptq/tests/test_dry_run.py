@@ -3,7 +3,8 @@
 import re
 
 import pytest
-import runs
+
+import driving
 
 WORDS = ("-m", "gptq", "tiny-llama", "stdlib", "--wbits", "3", "--groupsize", "128",
          "--nsamples", "16", "--seqlen", "512")  # fmt: skip
@@ -11,12 +12,12 @@ WORDS = ("-m", "gptq", "tiny-llama", "stdlib", "--wbits", "3", "--groupsize", "1
 
 @pytest.mark.slow
 def test_no_more_is_taken_than_was_told(tmp_path):
-    told = runs.python(*WORDS, "--dry-run", cwd=tmp_path)
+    told = driving.python(*WORDS, "--dry-run", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     memory, disk = map(
         float, re.search(r"about ([\d.]+) GB of memory, ([\d.]+) MB of disk", told.stdout).groups()
     )
-    done = runs.python(*WORDS, "--out", "out", cwd=tmp_path)
+    done = driving.python(*WORDS, "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     peaks = [float(peak) for peak in re.findall(r"peak ([\d.]+) GB", done.stderr)]
     taken = sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) / 1e6

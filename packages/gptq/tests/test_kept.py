@@ -3,15 +3,16 @@
 import json
 import shutil
 
-import families
 import pytest
-import runs
 import torch
+from safetensors.torch import load_file, save_file
+
+import driving
+import families
 from gptq.cli import main
 from gptq.method import _exact_norms, _output_norms
-from harness.decoder import Decoder
-from harness.stages import linears
-from safetensors.torch import load_file, save_file
+from harness.blocks.decoder import Decoder
+from harness.modules import linears
 
 QUICK = ["--nsamples", "8", "--seqlen", "32", "--dtype", "float32", "--groupsize", "16"]
 
@@ -70,7 +71,7 @@ def test_scales_that_float16_does_not_hold_are_refused(place, capsys):
     name = "model.layers.1.mlp.up_proj.weight"
     change(lambda tensors: tensors.update({name: tensors[name] * 1e-6}))
     words = ["model", "--nearest", "--sym", "--groupsize", "16", "--out", "out"]
-    line = runs.refused(capsys, main, *words, "--format", "gptq")
+    line = driving.refused(capsys, main, *words, "--format", "gptq")
     assert "mlp.up_proj needs scales from" in line and "--format compressed-tensors" in line
     assert not (place / "out").exists()
     assert main(words) == 0
@@ -90,7 +91,7 @@ def test_one_odd_linear_can_be_left_out(place, capsys):
     """100 columns at group 16 (Mamba's dt_proj) refused the whole model."""
     shutil.rmtree("model")
     families.save("llama", "model", tokenizer=True, num_hidden_layers=2, intermediate_size=100)
-    line = runs.refused(capsys, main, "model", "text.txt", *QUICK)
+    line = driving.refused(capsys, main, "model", "text.txt", *QUICK)
     assert "mlp.down_proj (100)" in line and "--ignore down_proj" in line
     assert main(["model", "text.txt", *QUICK, "--ignore", "down_proj", "--out", "out"]) == 0
     config = json.loads((place / "out" / "config.json").read_text())["quantization_config"]
@@ -98,12 +99,14 @@ def test_one_odd_linear_can_be_left_out(place, capsys):
         "lm_head",
         *(f"model.layers.{i}.mlp.down_proj" for i in (0, 1)),
     }
-    line = runs.refused(capsys, main, "model", "text.txt", *QUICK, "--ignore", "down", "--out", "x")
+    line = driving.refused(
+        capsys, main, "model", "text.txt", *QUICK, "--ignore", "down", "--out", "x"
+    )
     assert "--ignore down: no linear" in line
     shutil.rmtree("model")
     families.save("llama", "model", tokenizer=True, num_hidden_layers=2, hidden_size=64)
     words = ["model", "text.txt", *QUICK, "--ignore", "o_proj", "--format", "gptq", "--out", "x"]
-    assert "has no place for the names of linears" in runs.refused(capsys, main, *words)
+    assert "has no place for the names of linears" in driving.refused(capsys, main, *words)
 
 
 def test_a_few_rows_that_are_all_but_zero_are_no_reason_to_refuse(place):
@@ -124,5 +127,5 @@ def test_a_float16_model_is_held_to_the_same(place, capsys):
     families.save("llama", "model", tokenizer=True, num_hidden_layers=2, dtype=torch.float16)
     name = "model.layers.1.mlp.up_proj.weight"
     change(lambda tensors: tensors.update({name: tensors[name] * 1e-4}))
-    line = runs.refused(capsys, main, "model", "--nearest", "--groupsize", "16", "--out", "out")
+    line = driving.refused(capsys, main, "model", "--nearest", "--groupsize", "16", "--out", "out")
     assert "mlp.up_proj needs scales from" in line

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+import driving
 import families
-import runs
 
 
 def test_two_ranks_equal_one(tmp_path):
@@ -12,5 +12,5 @@ def test_two_ranks_equal_one(tmp_path):
     families.save("llama", model, tokenizer=True, num_hidden_layers=2, intermediate_size=80)
     text.write_text(families.TEXT * 200)
     driver = Path(__file__).with_name("ranks_driver.py")
-    made = runs.two_ranks_equal_one(tmp_path, driver, model, text)
+    made = driving.two_ranks_equal_one(tmp_path, driver, model, text)
     assert made == {"ordered", "plain", "dynamic", "single", "nearest", "cli"}

@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import families
 import pytest
-import runs
+
+import driving
+import families
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ACT_ORDER = ["--wbits", "3", "--act-order", "--true-sequential"]
@@ -30,7 +31,7 @@ def inputs(tmp_path_factory):
 def check(inputs, folder, times, seed, flags):
     driver = Path(__file__).with_name("resume_driver.py")
     words = [driver, *inputs, folder, times, seed, *flags]
-    runs.killed_runs_equal_the_straight_one(folder, 2 + times + 3, *words)
+    driving.killed_runs_equal_the_straight_one(folder, 2 + times + 3, *words)
 
 
 def test_killed_runs_resume_to_the_same_bytes(inputs, tmp_path):
@@ -61,7 +62,7 @@ def test_the_command_itself(inputs, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert start(tmp_path / "killed").wait() in (0, 2)  # 2: it had just finished
-    assert runs.contents(tmp_path / "killed" / "out") == runs.contents(
+    assert driving.contents(tmp_path / "killed" / "out") == driving.contents(
         tmp_path / "straight" / "out"
     )
     assert start(tmp_path / "killed").wait() == 2  # not without --overwrite
@@ -80,7 +81,7 @@ def test_of_two_runs_with_one_name_one_is_refused(inputs, tmp_path):
         "--out",
         tmp_path / "out",
     ]
-    ended = runs.begun_at_once(*([*command, "--wbits", bits] for bits in (3, 4)))
+    ended = driving.begun_at_once(*([*command, "--wbits", bits] for bits in (3, 4)))
     assert sorted(code for code, _ in ended) == [0, 2], ended
     lost = next(errors for code, errors in ended if code)
     assert "another run is writing" in lost or "out exists" in lost, lost

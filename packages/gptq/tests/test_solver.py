@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+
 from gptq.solver import act_order, solve
-from harness.grid import (
+from harness.quant.grid import (
     Grid,
     QuantizedWeight,
     find_scale_zero,
@@ -13,7 +14,7 @@ from harness.grid import (
     round_to_codes,
     weight_scales,
 )
-from harness.hessian import inverse_factor
+from harness.quant.hessian import inverse_factor
 
 DAMPING = 0.01
 

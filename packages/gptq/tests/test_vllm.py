@@ -7,11 +7,11 @@ import importlib.util
 
 import pytest
 import torch
+
 import vllm_tokens
 from gptq import quantize
-from harness.tensors import Weights
-
-from harness import checkpoint
+from harness.checkpoint import load
+from harness.checkpoint.weights import Weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,15 +35,15 @@ def job(tmp_path_factory):
     """All checkpoints, quantized from tiny-llama, and vLLM's tokens."""
     root = tmp_path_factory.mktemp("vllm")
     half = root / "tiny-llama-half"
-    checkpoint.load_model("tiny-llama", dtype="float16").save_pretrained(half)
-    checkpoint.load_tokenizer("tiny-llama").save_pretrained(half)
+    load.load_model("tiny-llama", dtype="float16").save_pretrained(half)
+    load.load_tokenizer("tiny-llama").save_pretrained(half)
     for name, settings in CHECKPOINTS.items():
         model = "tiny-llama" if name.startswith("bfloat") else str(half)
         quantize(
             model, "stdlib", out=root / name, wbits=4, groupsize=128, nsamples=8, seqlen=256,
             **settings,
         )  # fmt: skip
-    tokenizer = checkpoint.load_tokenizer("tiny-llama")
+    tokenizer = load.load_tokenizer("tiny-llama")
     prompts = [tokenizer(text)["input_ids"] for text in vllm_tokens.TEXTS]
     asked = [root / name for name in CHECKPOINTS if runs(name)]
     tokens, log = vllm_tokens.ask(asked, prompts, root)
@@ -59,7 +59,7 @@ def test_checkpoints_generate_what_their_dense_twin_does_in_transformers(job, na
     if not runs(name):
         pytest.skip(vllm_tokens.NO_KERNELS)
     twin = job["root"] / f"{name.partition('-')[0]}-dense"
-    model = checkpoint.load_model(twin, dtype=Weights(twin).dtype)
+    model = load.load_model(twin, dtype=Weights(twin).dtype)
     expected = vllm_tokens.transformers_tokens(model, job["prompts"])
     eps, exact = torch.finfo(model.dtype).eps, model.float()
     found = job["tokens"][str(job["root"] / name)]

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
-from minillm import cache_teacher, evaluate, generate
 
-from harness import distributed, teacher_cache
+from harness import distributed
+from harness.training import teacher_cache
+from minillm import cache_teacher, evaluate, generate
 
 
 def main(model, folder):

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
-from harness.cli import run
-from minillm import distilling, train_minillm
-from minillm.on_policy import OnPolicy
 
 from harness import distributed
+from harness.cli import run
+from minillm import train_minillm, train_minillm_run
+from minillm.on_policy import OnPolicy
 
 
 def main(result, kill, *argv):
@@ -29,7 +29,7 @@ def main(result, kill, *argv):
     def body():
         args = train_minillm.parser().parse_args(argv)
         with distributed.group():
-            found = distilling.train(args)
+            found = train_minillm_run.train(args)
             if distributed.rank() == 0:
                 Path(result).write_text(json.dumps(found))
 

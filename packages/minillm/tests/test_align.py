@@ -1,11 +1,12 @@
 """Universal logit distillation: the formula, and the places where two tokenizers agree."""
 
-import families
 import pytest
 import torch
-from harness.checkpoint import load_tokenizer
-from minillm import align
 from torch.nn import functional as F
+
+import families
+from harness.checkpoint.load import load_tokenizer
+from minillm import align
 
 PAIR = {"prompt": "def add(a, b):\n", "response": " return the sum of añb 日本 and more"}
 

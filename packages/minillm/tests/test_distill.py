@@ -2,10 +2,11 @@
 
 import json
 
-import families
-import minillm
 import pytest
 import yaml
+
+import families
+import minillm
 from harness.errors import UserError
 from minillm import finetune, train_minillm
 from minillm.chain import StepFailed

@@ -7,15 +7,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import families
 import pytest
 import torch
-from harness.hidden_loss import kd_from_hidden, over_models
-from minillm import losses
-from minillm.losses import LOSSES, ROWS
 from torch.nn import functional as F
 
-from harness import hidden_loss
+import families
+from harness.losses import from_hidden
+from harness.losses.from_hidden import kd_from_hidden, over_models
+from minillm import losses
+from minillm.losses import LOSSES, ROWS
 
 
 def kl(p, q):
@@ -122,7 +122,7 @@ def test_masked_rows_may_hold_anything(heads):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "neox"])
 def test_a_models_loss_is_that_of_its_logits(family):
     teacher, student = (families.build(family, seed=seed) for seed in (0, 1))
-    assert hidden_loss.fusable(teacher) and hidden_loss.fusable(student)
+    assert from_hidden.fusable(teacher) and from_hidden.fusable(student)
     ids = families.windows(2, 12)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     mask, labels = torch.rand(2, 11) < 0.6, ids[:, 1:]
@@ -160,9 +160,9 @@ def test_a_step_takes_a_third_of_the_naive_memory(tmp_path):
 
 
 def test_a_capped_head_goes_through_logits(capsys):
-    assert not hidden_loss.fusable(families.build("gemma2"))
+    assert not from_hidden.fusable(families.build("gemma2"))
     assert "changes the logits after its head" in capsys.readouterr().err
-    assert not hidden_loss.fusable(families.build("llama"), zero=3)
+    assert not from_hidden.fusable(families.build("llama"), zero=3)
 
 
 def test_bfloat16_gradients_of_the_head_are_summed_in_float32():

@@ -6,17 +6,19 @@ import random
 import shutil
 
 import datasets
-import families
 import pytest
 import torch
 import yaml
-from minillm import cache_teacher, packing
-from minillm.finetune import main
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import batching, engine, example_sets, precision, validation
+import families
+from harness import precision
+from harness.data import example_sets
+from harness.training import batching, engine, validation
+from minillm import cache_teacher, packing
+from minillm.finetune import main
 
 QUICK = ["--max-length", "32", "--max-prompt-length", "24", "--lr", "0.003", "--dev-num", "8"]
 QUICK += ["--weight-decay", "0.1"]

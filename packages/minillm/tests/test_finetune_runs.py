@@ -10,14 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import families
 import pytest
-import runs
 import torch
 from transformers import AutoModelForCausalLM
 
+import driving
+import families
+
 MODULE = ["-m", "minillm.finetune"]
-KILLER = str(Path(runs.__file__).with_name("step_killer.py"))
+KILLER = str(Path(driving.__file__).with_name("step_killer.py"))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_ranks_that_share_states_or_weights_train_as_one(place, tmp_path):
         shared = ["--gradient-accumulation-steps", 2, "--zero", zero]
         # Ranks write responses of different lengths; at ZeRO 3 they share weights all the while.
         shared += ["--eval-gen", "--select", "loss"]
-        launch(place, out, *words, *shared, launcher=[*runs.TWO_RANKS, *MODULE])
+        launch(place, out, *words, *shared, launcher=[*driving.TWO_RANKS, *MODULE])
         for row, other in zip(expected, looks(out), strict=True):
             assert 0 <= other.pop("rouge_l") <= 100
             assert other == pytest.approx(row, abs=1e-3)

@@ -3,14 +3,15 @@
 import json
 import statistics
 
-import families
 import pytest
 import torch
-from minillm import eval_sets
-from minillm.evaluate import main, parser
 from rouge_score.rouge_scorer import RougeScorer
 
-from harness import checkpoint, responses
+import families
+from harness.checkpoint import load
+from harness.generation import responses
+from minillm import eval_sets
+from minillm.evaluate import main, parser
 
 FLAGS = ["--max-length", "40", "--max-prompt-length", "20", "--batch-size", "4"]
 
@@ -51,8 +52,8 @@ def test_greedy_scores_are_those_of_a_plain_loop(place, size):
     assert main([*words, "--no-repeat-ngram-size", str(size)]) == 0
     found = measured("results/tiny-llama-student.json")
     assert found["details"]["prompts"] == 5 and found["details"]["left_out"] == 1
-    model = checkpoint.load_model("tiny-llama-student", dtype="float32")
-    tokenizer = checkpoint.load_tokenizer("tiny-llama-student")
+    model = load.load_model("tiny-llama-student", dtype="float32")
+    tokenizer = load.load_tokenizer("tiny-llama-student")
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     total = 0.0
     for prompt, references in asked:

@@ -6,11 +6,21 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import families
 import pytest
-import runs
 import torch
-from harness.responses import (
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import driving
+import families
+from harness.checkpoint import load
+from harness.data import example_sets
+from harness.generation.responses import (
     SEEDS,
     Sampling,
     _Draw,
@@ -21,15 +31,6 @@ from harness.responses import (
     without_repeats,
 )
 from minillm.generate import main
-from transformers import (
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-
-from harness import checkpoint, example_sets
 
 FLAGS = ["--max-length", "24", "--max-prompt-length", "12", "--batch-size", "3"]
 
@@ -114,7 +115,7 @@ def test_the_longest_come_first():
 KILLED = """
 import os, signal, sys
 from minillm import generate
-from harness import responses
+from harness.generation import responses
 real = responses.transformers_engine
 def dying(*args):
     ask, calls = real(*args), []
@@ -156,14 +157,14 @@ def test_two_ranks_say_what_one_says(place):
     driver = Path(__file__).with_name("answers_driver.py")
     (place / "runs").mkdir()
     words = driver, place / "teacher", place / "asked"
-    made = runs.two_ranks_equal_one(place / "runs", *words)
+    made = driving.two_ranks_equal_one(place / "runs", *words)
     assert made == {"said.jsonl", "cache", "results.json"}
     assert len(list((place / "runs/two/cache").glob("shard-*"))) > 2
 
 
 def test_seqkd_trains_on_what_the_teacher_wrote(place):
     assert main(["teacher", "--data", "asked", *FLAGS, "--out", "made/train.jsonl"]) == 0
-    tokenizer = checkpoint.load_tokenizer("teacher")
+    tokenizer = load.load_tokenizer("teacher")
     ask = open_engine(
         SimpleNamespace(engine="transformers", dtype="auto"), place / "teacher", "cpu", tokenizer,
         Sampling(12), 24,

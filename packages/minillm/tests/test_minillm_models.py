@@ -1,13 +1,13 @@
 """Teacher and student: which logits are compared, and LoRA from its start to a plain checkpoint."""
 
-import families
 import pytest
 import torch
-from harness.errors import UserError
-from minillm import finetuning, losses, models
 from transformers import AutoTokenizer
 
-from harness import batching
+import families
+from harness.errors import UserError
+from harness.training import batching
+from minillm import finetune_run, losses, models
 
 FAMILIES = ["llama", "gpt2"]
 
@@ -48,7 +48,7 @@ def test_padding_of_the_vocabulary_is_cut_exactly(place, capsys):
     for teacher, columns in ((plain, None), (padded, 288)):
         for fused in (False, True):
             student.zero_grad()
-            loss, parts = finetuning.distillation(
+            loss, parts = finetune_run.distillation(
                 teacher, losses.mix_rows, columns, fused, running(student), batch
             )
             loss.backward()

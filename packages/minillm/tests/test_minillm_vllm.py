@@ -12,10 +12,11 @@ import sys
 
 import pytest
 import torch
-import vllm_tokens
-from harness.responses import Sampling, transformers_engine
 
-from harness import checkpoint, example_sets
+import vllm_tokens
+from harness.checkpoint import load
+from harness.data import example_sets
+from harness.generation.responses import Sampling, transformers_engine
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,11 +27,11 @@ NEW = vllm_tokens.NEW
 # An engine takes a minute to start, and most of what it needs is not to be in pytest's process.
 DRIVER = f"""
 import json, sys
-from harness import checkpoint
-from harness.responses import Sampling, vllm_engine
+from harness.checkpoint import load
+from harness.generation.responses import Sampling, vllm_engine
 prompts, temperature = json.loads(sys.argv[1])
-folder = checkpoint.resolve({MODEL!r})
-tokenizer = checkpoint.load_tokenizer(folder)
+folder = load.resolve({MODEL!r})
+tokenizer = load.load_tokenizer(folder)
 sampling = Sampling({NEW}, temperature=temperature)
 ask = vllm_engine(folder, tokenizer, sampling, 256, "float32")
 seeds = list(range(len(prompts)))
@@ -51,11 +52,11 @@ def answers(prompts, temperature):
 
 @pytest.fixture(scope="module")
 def model():
-    return checkpoint.load_model(MODEL, dtype="float32")
+    return load.load_model(MODEL, dtype="float32")
 
 
 def test_greedy_responses_are_those_of_transformers(model):
-    tokenizer = checkpoint.load_tokenizer(MODEL)
+    tokenizer = load.load_tokenizer(MODEL)
     prompts = example_sets.prompt_ids(tokenizer, vllm_tokens.TEXTS)
     found = answers(prompts, 0.0)
     assert found[0] == found[1] == found[2]
@@ -71,7 +72,7 @@ def test_greedy_responses_are_those_of_transformers(model):
 
 
 def test_sampled_responses_are_distributed_as_the_model_says(model):
-    tokenizer = checkpoint.load_tokenizer(MODEL)
+    tokenizer = load.load_tokenizer(MODEL)
     end = tokenizer.eos_token_id
     prompts = example_sets.prompt_ids(tokenizer, vllm_tokens.TEXTS * 8)
     same, turned, other = answers(prompts, 1.0)

@@ -8,9 +8,10 @@ from itertools import product
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from minillm import policy
 from minillm.losses import LOSSES
-from torch.nn import functional as F
 
 V, T, END = 5, 3, 4
 PREFIXES = [prefix for n in range(T) for prefix in product(range(V - 1), repeat=n)]

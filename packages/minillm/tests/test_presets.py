@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+
 from minillm import evaluate, finetune, presets, train_minillm
 
 PARSERS = {

@@ -2,10 +2,11 @@
 
 from itertools import product
 
-import families
 import pytest
 import torch
-from harness.responses import pad_left
+
+import families
+from harness.generation.responses import pad_left
 from minillm.sampling import sample, uniforms
 
 END, PAD, LENGTH = 7, 9, 10

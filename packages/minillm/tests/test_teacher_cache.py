@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 
-import families
 import pytest
 import torch
-from harness.divergence import kl_rows
-from minillm import finetune, finetuning, losses, models
-from minillm.cache_teacher import main
 from safetensors.torch import load_file
 
-from harness import batching, checkpoint, example_sets, hidden_loss, teacher_cache, teacher_caching
+import families
+from harness.checkpoint import load
+from harness.data import example_sets
+from harness.losses import from_hidden
+from harness.losses.divergence import kl_rows
+from harness.training import batching, cache_writer, teacher_cache
+from minillm import finetune, finetune_run, losses, models
+from minillm.cache_teacher import main
 
 TOP = 5
 
@@ -36,7 +39,7 @@ def place(tmp_path, monkeypatch):
 
 def examples():
     found = example_sets.pairs("pairs", "train")
-    tokenizer = checkpoint.load_tokenizer("teacher")
+    tokenizer = load.load_tokenizer("teacher")
     return example_sets.examples(
         tokenizer, found, max_length=32, max_prompt_length=16, name="pairs"
     )
@@ -126,7 +129,7 @@ def test_kd_from_the_cache_is_kd_in_memory(place):
                  "--max-length", "32", "--max-prompt-length", "16"]) == 0  # fmt: skip
     found = examples()
     cached = teacher_cache.Cache("cache", found, families.VOCAB)
-    teacher, student = (checkpoint.load_model(name) for name in ("teacher", "student"))
+    teacher, student = (load.load_model(name) for name in ("teacher", "student"))
     chosen = [7, 2, 11]
     batch = batching.collate([found[i] for i in chosen], 0)
     batch |= cached.rows(chosen)
@@ -135,7 +138,7 @@ def test_kd_from_the_cache_is_kd_in_memory(place):
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     labels = [batch["labels"].clamp_min(0)]
     with torch.no_grad():
-        memory = hidden_loss.over_models(losses.mix_rows, teacher, student, inputs, mask, labels)
+        memory = from_hidden.over_models(losses.mix_rows, teacher, student, inputs, mask, labels)
         logits = [m(**inputs).logits[mask].double() for m in (teacher, student)]
     kept, lost = exact(*logits, TOP)
     torch.testing.assert_close(parts["ce"], memory[1])
@@ -149,7 +152,7 @@ def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
     words = ["teacher", "--data", "pairs", "--topk", "3", "--batch-size", "2"]
     assert main([*words, "--out", "whole"]) == 0
     assert "16 bytes each" in capsys.readouterr().out
-    real, calls = teacher_caching.probabilities, []
+    real, calls = cache_writer.probabilities, []
 
     def stopping(*args):
         calls.append(1)
@@ -157,9 +160,9 @@ def test_a_killed_run_ends_with_the_same_bytes(place, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(teacher_caching, "probabilities", stopping)
+    monkeypatch.setattr(cache_writer, "probabilities", stopping)
     assert main([*words, "--out", "again"]) == 130
-    monkeypatch.setattr(teacher_caching, "probabilities", real)
+    monkeypatch.setattr(cache_writer, "probabilities", real)
     (place / "again.partial/shard-00003.safetensors.tmp").write_text("half")
     assert main([*words, "--out", "again", "--topk", "4"]) == 2
     assert "top_k" in capsys.readouterr().err
@@ -206,9 +209,9 @@ def test_a_killed_overwrite_is_mended_by_a_repeat(place, monkeypatch, module, na
 
 
 def examples_of(model):
-    context = checkpoint.load_config(checkpoint.resolve(model)).max_position_embeddings
+    context = load.load_config(load.resolve(model)).max_position_embeddings
     return example_sets.examples(
-        checkpoint.load_tokenizer(model), example_sets.pairs("pairs", "train"), max_length=context,
+        load.load_tokenizer(model), example_sets.pairs("pairs", "train"), max_length=context,
         max_prompt_length=context // 2, name="pairs",
     )  # fmt: skip
 
@@ -282,7 +285,7 @@ def test_a_damaged_cache_is_one_clear_line(place, monkeypatch, file, damage, mes
     made = examples_of("teacher")
     teacher_cache.Cache("cache", made, families.VOCAB)
     damage(place / "cache" / file)
-    with pytest.raises(finetuning.UserError, match=message) as caught:
+    with pytest.raises(finetune_run.UserError, match=message) as caught:
         teacher_cache.Cache("cache", made, families.VOCAB)
     assert "make it again with cache_teacher --overwrite" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -290,8 +293,8 @@ def test_a_damaged_cache_is_one_clear_line(place, monkeypatch, file, damage, mes
 
 def test_a_cache_of_another_place_is_refused(place, capsys):
     made = examples_of("teacher")
-    with pytest.raises(finetuning.UserError, match=r"holds no cache\.json"):
+    with pytest.raises(finetune_run.UserError, match=r"holds no cache\.json"):
         teacher_cache.Cache("pairs", made, families.VOCAB)
     assert main(["teacher", "--data", "pairs", "--topk", "3", "--out", "cache"]) == 0
-    with pytest.raises(finetuning.UserError, match="the student has 100"):
+    with pytest.raises(finetune_run.UserError, match="the student has 100"):
         teacher_cache.Cache("cache", made, 100)

@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import families
 import pytest
 import torch
-from harness.checkpoint import load_tokenizer
-from harness.engine import Training
-from harness.errors import UserError
-from minillm import on_policy, rollouts, sampling, train_minillm
 from transformers import AutoModelForCausalLM
 
-from harness import example_sets
+import families
+from harness.checkpoint.load import load_tokenizer
+from harness.data import example_sets
+from harness.errors import UserError
+from harness.training.engine import Training
+from minillm import on_policy, rollouts, sampling, train_minillm
 
 DRIVER = Path(__file__).with_name("minillm_driver.py")
 NEW, COLUMNS = 12, 20

@@ -2,11 +2,12 @@
 
 import json
 
-import families
 import pytest
 import torch
-from minillm import finetune
 from safetensors.torch import load_file, save_file
+
+import families
+from minillm import finetune
 
 WORDS = ["--data", "set.jsonl", "--lr", "0.01", "--max-length", "32", "--total-iters", "3",
          "--eval-interval", "3", "--dtype", "float32"]  # fmt: skip

@@ -6,9 +6,10 @@ Results go to the working directory.
 import sys
 
 import torch
-from sparse import prune, wanda
 
-from harness import decoder, distributed
+from harness import distributed
+from harness.blocks import decoder
+from sparse import prune, wanda
 
 COMMON = {"nsamples": 7, "seqlen": 32, "sparsity": 0.5}
 RUNS = {

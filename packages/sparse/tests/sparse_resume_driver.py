@@ -4,9 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from harness.blocks import decoder
 from kill_driver import drive
-
-from harness import decoder
 
 
 def main(method, model, text, folder, times, seed, *flags):

@@ -5,18 +5,22 @@ import re
 import subprocess
 import sys
 
-import families
 import pytest
 import torch
 import yaml
-from harness.decoder import stream_logits
+from transformers import AutoModelForCausalLM
+
+import families
+from harness import modules
+from harness import modules as stages_module
+from harness.blocks import decoder
+from harness.blocks.decoder import stream_logits
+from harness.checkpoint import load
+from harness.data import corpora
+from harness.metrics import footprint
 from sparse import magnitude, prune, sparsegpt, wanda
 from sparse.command import honest_line
 from sparse.ratios import outlier_ratio, sparsities
-from transformers import AutoModelForCausalLM
-
-from harness import checkpoint, data, decoder, footprint
-from harness import stages as stages_module
 
 QUICK = {"nsamples": 5, "seqlen": 32}
 COMMANDS = {"sparsegpt": sparsegpt, "wanda": wanda, "magnitude": magnitude}
@@ -49,19 +53,19 @@ def run(place, out, family="llama", **options):
     )
 
 
-def load(folder):
+def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def blocks_of(model):
-    return decoder.find_blocks(model)[1]
+    return modules.find_blocks(model)[1]
 
 
 def matrices(folder) -> dict[str, torch.Tensor]:
     """Every block's linears by name, [out, in]."""
     return {
         f"{index}.{name}": stages_module.get_matrix(module).clone()
-        for index, block in enumerate(blocks_of(load(folder)))
+        for index, block in enumerate(blocks_of(loaded(folder)))
         for name, module in stages_module.linears(block).items()
     }
 
@@ -81,8 +85,8 @@ def inputs_of(model, block, windows):
 
 
 def calibration(place, family="llama"):
-    tokenizer = checkpoint.load_tokenizer(str(place / family))
-    return data.calibration(tokenizer, str(place / "text.txt"), seed=0, **QUICK)
+    tokenizer = load.load_tokenizer(str(place / family))
+    return corpora.calibration(tokenizer, str(place / "text.txt"), seed=0, **QUICK)
 
 
 @torch.no_grad()
@@ -91,7 +95,7 @@ def calibration(place, family="llama"):
 def test_wanda_is_the_ten_line_version(place, tmp_path, family, pattern):
     n, m = pattern or (0, 0)
     run(place, tmp_path / "out", family, method="wanda", prunen=n, prunem=m)
-    got, model = matrices(tmp_path / "out"), load(place / family)
+    got, model = matrices(tmp_path / "out"), loaded(place / family)
     for index, block in enumerate(blocks_of(model)):
         inputs = inputs_of(model, block, calibration(place, family))
         for name, module in stages_module.linears(block).items():
@@ -158,7 +162,7 @@ def test_sparsegpt_repays_and_the_true_order_sees_earlier_stages(place, tmp_path
     }.items():
         rows = run(place, tmp_path / name, **options)
         errors[name] = [row["error"] for row in rows]
-    model = load(place / "llama")
+    model = loaded(place / "llama")
     inputs = inputs_of(model, blocks_of(model)[0], calibration(place))
     before, pruned = matrices(place / "llama"), matrices(tmp_path / "sparsegpt")
     zeros = {name: weight == 0 for name, weight in matrices(tmp_path / "wanda").items()}
@@ -204,7 +208,7 @@ def test_selections(place, tmp_path, method, case):
 @torch.no_grad()
 @pytest.mark.parametrize("method", COMMANDS)
 def test_results_reload_in_transformers_with_the_pass_s_logits(place, tmp_path, method):
-    from harness.block_pass import BlockPass
+    from harness.blocks.block_pass import BlockPass
 
     last = {}
     real = BlockPass.compress
@@ -218,7 +222,7 @@ def test_results_reload_in_transformers_with_the_pass_s_logits(place, tmp_path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockPass, "compress", compress)
         run(place, tmp_path / "out", method=method)
-    model = load(tmp_path / "out")
+    model = loaded(tmp_path / "out")
     streamed = torch.cat([batch for _, batch in stream_logits(tmp_path / "out", WINDOWS)])
     torch.testing.assert_close(model(WINDOWS).logits, streamed, rtol=1e-5, atol=1e-5)
     windows = calibration(place)
@@ -233,8 +237,8 @@ def test_joint_quantization_is_the_same_in_every_format(place, tmp_path, layout)
     options = {"wbits": 4, "groupsize": 16, "sym": layout == "gptq", "family": "half"}
     run(place, tmp_path / "dense", **options)
     rows = run(place, tmp_path / "other", format=layout, **options)
-    dense = load(tmp_path / "dense")
-    other = checkpoint.load_model(tmp_path / "other", dtype=torch.float16)
+    dense = loaded(tmp_path / "dense")
+    other = load.load_model(tmp_path / "other", dtype=torch.float16)
     assert torch.equal(dense(WINDOWS).logits, other(WINDOWS).logits)
     assert all(row["zeros"] >= row["weights"] // 2 for row in rows)
     for weight in matrices(tmp_path / "dense").values():
@@ -245,7 +249,7 @@ def test_joint_quantization_is_the_same_in_every_format(place, tmp_path, layout)
 @pytest.mark.parametrize("method", COMMANDS)
 def test_owl_spares_blocks_with_outliers(place, tmp_path, method):
     rows = run(place, tmp_path / "out", method=method, ratios="owl", owl_lambda=0.2, owl_m=3.0)
-    model = load(place / "llama")
+    model = loaded(place / "llama")
     outliers = []
     for block in blocks_of(model):
         inputs = inputs_of(model, block, calibration(place))

@@ -6,12 +6,13 @@ What the harness refuses for every method (damaged files, full disks, ...) is in
 import re
 import shutil
 
-import families
 import pytest
-import runs
 import torch
-from harness.errors import UserError
 from safetensors.torch import load_file, save_file
+
+import driving
+import families
+from harness.errors import UserError
 from sparse import magnitude, prune, sparsegpt, wanda
 
 QUICK = ["--nsamples", "4", "--seqlen", "32"]
@@ -41,7 +42,7 @@ def place(good, tmp_path, monkeypatch):
 
 
 def refused(capsys, command, *words) -> str:
-    return runs.refused(capsys, command.main, *words)
+    return driving.refused(capsys, command.main, *words)
 
 
 def nothing_made(place):

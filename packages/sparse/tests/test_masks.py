@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from harness.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from harness.errors import UserError
 from sparse import masks
 from sparse.methods import Norms, Target, wanda
 from sparse.ratios import outlier_ratio, sparsities

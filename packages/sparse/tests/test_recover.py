@@ -4,19 +4,20 @@ import json
 import math
 import shutil
 
-import families
 import pytest
 import torch
 import yaml
-from harness.errors import UserError
-from harness.perplexity import nll_sum
 from safetensors.torch import load_file
-from sparse import losses, recovery, training, tuning
-from sparse.recover import main
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import checkpoint, training_data
+import families
+from harness.checkpoint import load
+from harness.data import training_data
+from harness.errors import UserError
+from harness.losses.nll import nll_sum
+from sparse import losses, recover_run, training, tuning
+from sparse.recover import main
 
 QUICK = {"max_steps": 6, "cutoff_len": 32, "learning_rate": 0.01, "eval_steps": 3}
 
@@ -217,10 +218,10 @@ def test_zeros_stay_or_are_filled_knowingly(place, tmp_path):
     with pytest.raises(
         UserError, match=r"\(49\.\d% of .*--tune full, which keeps them, or --densify"
     ):
-        recovery.recover(str(sparse), text, out=tmp_path / "no", **QUICK)
+        recover_run.recover(str(sparse), text, out=tmp_path / "no", **QUICK)
     assert not (tmp_path / "no").exists()
-    recovery.recover(str(sparse), text, out=tmp_path / "kept", tune="full", **QUICK)
-    recovery.recover(str(sparse), text, out=tmp_path / "filled", densify=True, **QUICK)
+    recover_run.recover(str(sparse), text, out=tmp_path / "kept", tune="full", **QUICK)
+    recover_run.recover(str(sparse), text, out=tmp_path / "filled", densify=True, **QUICK)
     kept, filled = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("kept", "filled")
     )
@@ -232,15 +233,15 @@ def test_zeros_stay_or_are_filled_knowingly(place, tmp_path):
 
 
 def test_blocks_of_unequal_size_stay_so(place, tmp_path):
-    from sparse import structured
+    from sparse.structured import prune
 
     cut, out, text = tmp_path / "cut", tmp_path / "out", str(place / "text.txt")
-    structured.prune(
+    prune.prune(
         str(place / "llama"), text, out=cut, pruning_ratio=0.5, block_mlp_layers=(1, 4),
         block_attention_layers=(2, 4), num_examples=2, max_seq_len=16,
     )  # fmt: skip
-    result = recovery.recover(str(cut), text, out=out, teacher=str(place / "llama"), **QUICK)
-    old, new = (checkpoint.load_model(folder) for folder in (cut, out))
+    result = recover_run.recover(str(cut), text, out=out, teacher=str(place / "llama"), **QUICK)
+    old, new = (load.load_model(folder) for folder in (cut, out))
     shapes = {name: p.shape for name, p in old.named_parameters()}
     assert {name: p.shape for name, p in new.named_parameters()} == shapes
     assert len({p.shape for n, p in new.named_parameters() if "down_proj" in n}) == 2
@@ -259,9 +260,9 @@ def test_a_bitmask_checkpoint_comes_back_dense_with_its_zeros(place, tmp_path, c
     text, packed, out = str(place / "text.txt"), tmp_path / "packed", tmp_path / "out"
     words = [str(place / "llama"), "--sparsity", "0.5", "--format", "bitmask"]
     assert magnitude.main([*words, "--out", str(packed)]) == 0
-    recovery.recover(str(packed), text, out=out, tune="full", **QUICK)
+    recover_run.recover(str(packed), text, out=out, tune="full", **QUICK)
     assert "packed is stored as bitmask; the result is written dense" in capsys.readouterr().err
-    old, new = checkpoint.load_model(packed), AutoModelForCausalLM.from_pretrained(out)
+    old, new = load.load_model(packed), AutoModelForCausalLM.from_pretrained(out)
     for name in tuning.block_linears(old):
         one, other = (m.get_parameter(f"{name}.weight") for m in (old, new))
         assert torch.equal(one == 0, other == 0) and not torch.equal(one, other)
@@ -291,7 +292,7 @@ def test_a_teacher_pulls_towards_itself(place, tmp_path):
     arguments = (loss, lambda: 1.0, plan, torch.float32, Memory())
     training.train(model, parameters, {}, data, *arguments)
     assert distance(model.eval()) < 0.5 * before
-    result = recovery.recover(
+    result = recover_run.recover(
         str(place / "llama"), text, out=tmp_path / "out", teacher=str(place / "teacher"), **options
     )
     assert result.teacher == pytest.approx(plain_loss(place / "teacher", held), rel=0.1)
@@ -303,7 +304,7 @@ def test_float32_leaves_a_bfloat16_checkpoint_what_it_is(place, tmp_path, tune):
     source, out = tmp_path / "short", tmp_path / "out"
     families.save("llama", source, tokenizer=True, dtype=torch.bfloat16, num_hidden_layers=2)
     options = QUICK | {"tune": tune, "dtype": "float32"}
-    result = recovery.recover(str(source), str(place / "text.txt"), out=out, **options)
+    result = recover_run.recover(str(source), str(place / "text.txt"), out=out, **options)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
     assert {t.dtype for t in after.values()} == {torch.bfloat16}
     if tune == "lora":
@@ -318,7 +319,7 @@ def test_float32_leaves_a_bfloat16_checkpoint_what_it_is(place, tmp_path, tune):
 def test_bfloat16_gives_an_ordinary_bfloat16_checkpoint(place, tmp_path):
     families.save("llama", tmp_path / "half", tokenizer=True, dtype=torch.bfloat16)
     text = str(place / "text.txt")
-    result = recovery.recover(str(tmp_path / "half"), text, out=tmp_path / "out", **QUICK)
+    result = recover_run.recover(str(tmp_path / "half"), text, out=tmp_path / "out", **QUICK)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert written.dtype == torch.bfloat16 and result.after < result.before - 0.1
     held = held_out(tmp_path / "half", text, 32, 32)
@@ -327,7 +328,7 @@ def test_bfloat16_gives_an_ordinary_bfloat16_checkpoint(place, tmp_path):
 
 def test_checkpointed_activations_change_nothing(place, tmp_path):
     runs = [
-        recovery.recover(
+        recover_run.recover(
             str(place / "llama"), str(place / "text.txt"), out=tmp_path / f"{flag}", tune="lora",
             gradient_checkpointing=flag, lora_dropout=0.3, **QUICK,
         )

@@ -6,15 +6,15 @@ import subprocess
 import sys
 import time
 
-import families
 import pytest
-import runs
 import torch
-from harness.grid import Grid, nearest
 from safetensors.torch import load_file, save_file
-from sparse.recover import main
 
-from harness import decoder, sequential
+import driving
+import families
+from harness.blocks import decoder, sequential
+from harness.quant.grid import Grid, nearest
+from sparse.recover import main
 
 QUICK = ["--cutoff_len", "32", "--max_steps", "3"]
 
@@ -41,7 +41,7 @@ def place(good, tmp_path, monkeypatch):
 
 
 def refused(capsys, *words) -> str:
-    return runs.refused(capsys, main, *words)
+    return driving.refused(capsys, main, *words)
 
 
 GOOD = ["model", "--dataset", "text.txt", *QUICK]

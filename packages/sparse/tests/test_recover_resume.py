@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import families
 import pytest
-import runs
+
+import driving
+import families
 from sparse.recover import main
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -26,7 +27,7 @@ def inputs(tmp_path_factory):
 def check(inputs, folder, times, seed, flags):
     driver = Path(__file__).with_name("recover_driver.py")
     words = [driver, *inputs, folder, times, seed, *flags]
-    said = runs.killed_runs_equal_the_straight_one(folder, 2 + times + 7, *words)
+    said = driving.killed_runs_equal_the_straight_one(folder, 2 + times + 7, *words)
     assert "resuming: 4 steps are done" in said
 
 

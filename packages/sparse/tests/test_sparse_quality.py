@@ -1,9 +1,11 @@
 """What the project promises of pruning, on the embedded model at 50 and 70 %."""
 
 import pytest
-from sparse import prune
 
-from harness import checkpoint, data, perplexity
+from harness.checkpoint import load
+from harness.data import corpora
+from harness.metrics import perplexity
+from sparse import prune
 
 pytestmark = pytest.mark.slow
 AMOUNTS = {
@@ -16,8 +18,8 @@ AMOUNTS = {
 @pytest.fixture(scope="module")
 def loss(tmp_path_factory):
     """``loss(method, ...)``: held-out perplexity of tiny-llama pruned so (20 windows of 512)."""
-    tokenizer = checkpoint.load_tokenizer("tiny-llama")
-    windows = data.evaluation(tokenizer, "stdlib", seqlen=512, limit=20)
+    tokenizer = load.load_tokenizer("tiny-llama")
+    windows = corpora.evaluation(tokenizer, "stdlib", seqlen=512, limit=20)
     known = {}
 
     def measure(method, **options):
@@ -25,7 +27,7 @@ def loss(tmp_path_factory):
         if key not in known:
             out = tmp_path_factory.mktemp("out") / "it"
             prune("tiny-llama", "stdlib", out=out, method=method, nsamples=16, **options)
-            model = checkpoint.load_model(out)
+            model = load.load_model(out)
             known[key] = perplexity.perplexity(model, windows, batch_size=8).value
         return known[key]
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import families
 import pytest
-import runs
+
+import driving
+import families
 
 RUNS = {
     "plain": ("sparsegpt", ["--prunen", "2", "--prunem", "4"]),
@@ -26,7 +27,7 @@ def check(inputs, folder, times, seed, run):
     method, flags = RUNS[run]
     driver = Path(__file__).with_name("sparse_resume_driver.py")
     words = [driver, method, *inputs, folder, times, seed, *flags]
-    runs.killed_runs_equal_the_straight_one(folder, 2 + times + 3, *words)
+    driving.killed_runs_equal_the_straight_one(folder, 2 + times + 3, *words)
 
 
 def test_killed_runs_resume_to_the_same_bytes(inputs, tmp_path):

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from harness.grid import Grid, QuantizedWeight, round_to_codes, weight_scales
-from harness.hessian import inverse_factor
+
+from harness.quant.grid import Grid, QuantizedWeight, round_to_codes, weight_scales
+from harness.quant.hessian import inverse_factor
 from sparse.solver import solve
 
 DAMPING = 0.01

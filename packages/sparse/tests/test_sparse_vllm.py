@@ -7,11 +7,11 @@ import importlib.util
 
 import pytest
 import torch
-import vllm_tokens
-from sparse import llm_pruner, sparsegpt
 from transformers import AutoModelForCausalLM
 
-from harness import checkpoint
+import vllm_tokens
+from harness.checkpoint import load
+from sparse import llm_pruner, sparsegpt
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +35,7 @@ def job(tmp_path_factory):
     root = tmp_path_factory.mktemp("vllm")
     for name, (command, words) in COMMANDS.items():
         assert command.main([*words, "--out", str(root / name)]) == 0
-    tokenizer = checkpoint.load_tokenizer("tiny-llama")
+    tokenizer = load.load_tokenizer("tiny-llama")
     prompts = [tokenizer(text)["input_ids"] for text in vllm_tokens.TEXTS]
     tokens, _ = vllm_tokens.ask([root / name for name in COMMANDS], prompts, root)
     return {"root": root, "prompts": prompts, "tokens": tokens}

@@ -98,8 +98,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from bitdistiller.clipping import clip, make_grid
-    from harness import card, distributed
+    from bitdistiller.autoclip_run import clip, make_grid
+    from harness import distributed
+    from harness.checkpoint import card
 
     bits = make_grid(args.w_bit, args.q_group_size, args.quant_type).bits
     kind = f"w{bits}" if args.quant_type == "int" else args.quant_type

@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from bitdistiller.blockwise_training import train_blocks
-    from harness import card
+    from bitdistiller.blockwise_run import train_blocks
+    from harness.checkpoint import card
 
     out = args.out or f"{Path(args.model).name}-blockwise-w{args.bits}"
     rows = train_blocks(

@@ -5,10 +5,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from harness.errors import UserError
-
 from bitdistiller import flags
 from harness import cli
+from harness.errors import UserError
 
 EXAMPLES = """\
 examples:
@@ -46,38 +45,41 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from harness import distributed, teacher_caching
+    from harness import distributed
+    from harness.training import cache_writer
 
     args.out = args.out or f"{Path(args.model).name}-cache"
     with distributed.group():
         note = cache(args)
         lead = distributed.rank() == 0
     if lead and note:
-        print(teacher_caching.summary(note))
+        print(cache_writer.summary(note))
         print(f"written to {args.out}")
 
 
 def cache(args) -> dict | None:
     """Run the command with its parsed arguments, on every rank; returns what
-    `harness.teacher_caching.cache` does."""
-    from harness.tensors import Weights
+    `harness.training.cache_writer.cache` does."""
+    from bitdistiller import train_examples
+    from harness import distributed, precision
+    from harness.checkpoint import load
+    from harness.checkpoint.weights import Weights
+    from harness.data import example_sets
+    from harness.training import batching, cache_writer
 
-    from bitdistiller import material
-    from harness import batching, checkpoint, distributed, example_sets, precision, teacher_caching
-
-    device = distributed.start(checkpoint.pick_device(args.device))
-    source, out = checkpoint.resolve(args.model), Path(args.out)
-    teacher_caching.check(out, args.overwrite or args.dry_run, args.batch_size, args.dry_run)
+    device = distributed.start(load.pick_device(args.device))
+    source, out = load.resolve(args.model), Path(args.out)
+    cache_writer.check(out, args.overwrite or args.dry_run, args.batch_size, args.dry_run)
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise UserError(f"--max_train_samples {args.max_train_samples}: at least 1.")
-    config = checkpoint.load_config(source)
-    tokenizer = checkpoint.load_tokenizer(source)
-    longest = material.length(args.model_max_length, config)
-    examples = material.read(args, tokenizer, longest, "train")
+    config = load.load_config(source)
+    tokenizer = load.load_tokenizer(source)
+    longest = train_examples.length(args.model_max_length, config)
+    examples = train_examples.read(args, tokenizer, longest, "train")
     example_sets.check_tokens([examples], config)
     dtype = precision.choose(args.dtype, Weights(source).dtype, device, args.model)
-    return teacher_caching.cache(
-        lambda: checkpoint.load_model(source, device=device, dtype=dtype),
+    return cache_writer.cache(
+        lambda: load.load_model(source, device=device, dtype=dtype),
         examples, out, teacher=args.model, source=source, data=args.data,
         settings={"dtype": precision.name(dtype)}, top_k=args.topk,
         vocabulary=config.get_text_config().vocab_size, batch=args.batch_size,

@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from bitdistiller.exporting import export
-    from harness import card
+    from bitdistiller.export_run import export
+    from harness.checkpoint import card
 
     export(
         args.result, args.format, out=args.out, dtype=args.dtype, overwrite=args.overwrite,

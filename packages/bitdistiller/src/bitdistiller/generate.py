@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from bitdistiller.generating import generate
+    from bitdistiller.generate_run import generate
     from harness import distributed
 
     with distributed.group():

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from bitdistiller import prompts, response_table
+from harness import cli, locks, paths
+from harness.data import files
 from harness.errors import UserError
-
-from bitdistiller import lengths, prompts
-from harness import cli, files, publish
 
 EXAMPLES = """\
 examples:
@@ -68,8 +68,8 @@ def mix(args) -> str:
             .jsonl.
     """
     out = Path(args.out)
-    files.check_new(out, args.overwrite)
-    publish.hold(out)
+    paths.check_new(out, args.overwrite)
+    locks.hold(out)
     if args.max_sample is not None and args.max_sample < 1:
         raise UserError(f"--max_sample {args.max_sample}: at least 1.")
     found = [row for name in args.data for row in read(Path(name))]
@@ -79,7 +79,7 @@ def mix(args) -> str:
             f"--drop_unfinished: {unknown} rows do not say whether the response ended (ended: "
             "true or false), as bitdistiller.generate writes it."
         )
-    seen = lengths.lines(found)
+    seen = response_table.lines(found)
     kept = [
         row
         for row, line in zip(found, seen, strict=True)
@@ -92,9 +92,9 @@ def mix(args) -> str:
     fields = ({k: v for k, v in row._asdict().items() if v is not None} for row in kept)
     text = "".join(json.dumps(row) + "\n" for row in fields)
     out.parent.mkdir(parents=True, exist_ok=True)
-    publish.write_text(out, text)
-    publish.release(out)
-    table = lengths.table(seen, "characters")
+    paths.write_text(out, text)
+    locks.release(out)
+    table = response_table.table(seen, "characters")
     return f"{table}\n{len(kept)} of {len(found)} rows written to {out}"
 
 

@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from harness.batching import IGNORED
-from harness.divergence import (
+from torch import Tensor
+
+from harness import distributed
+from harness.losses import from_hidden
+from harness.losses.divergence import (
     RowFunction,
     cakld_rows,
     jsd_rows,
@@ -20,10 +23,9 @@ from harness.divergence import (
     reverse_kl_rows,
     sum_over_rows,
 )
-from harness.hidden_loss import cross_entropy_rows
-from torch import Tensor
-
-from harness import distributed, hidden_loss, teacher_cache, validation
+from harness.losses.from_hidden import cross_entropy_rows
+from harness.training import teacher_cache, validation
+from harness.training.batching import IGNORED
 
 
 def row_function(kind: str, beta: float | None = None) -> RowFunction:
@@ -37,7 +39,7 @@ def from_teacher(teacher, rows: RowFunction, fused: bool) -> Callable:
     """(engine, batch) -> (sum of ``rows`` over the labels, {"ce": sum of their cross entropy}).
 
     Args:
-        teacher: a causal LM. fused: as in `harness.hidden_loss.over_models`.
+        teacher: a causal LM. fused: as in `harness.losses.from_hidden.over_models`.
     """
 
     def both(log_p, log_q, labels):
@@ -46,7 +48,7 @@ def from_teacher(teacher, rows: RowFunction, fused: bool) -> Callable:
     def loss_of(running, batch: dict):
         inputs = validation.inputs_of(batch, running.device)
         labels = batch["labels"].to(running.device)
-        total, ce = hidden_loss.over_models(
+        total, ce = from_hidden.over_models(
             both, teacher, running, inputs, labels != IGNORED, [labels.clamp_min(0)], fused=fused
         )
         return total, {"ce": ce.detach()}
@@ -55,7 +57,7 @@ def from_teacher(teacher, rows: RowFunction, fused: bool) -> Callable:
 
 
 def from_cache(rows: RowFunction, vocabulary: int) -> Callable:
-    """As :func:`from_teacher`, for batches with the rows of a `harness.teacher_cache.Cache`."""
+    """As :func:`from_teacher`, for batches with the rows of a `training.teacher_cache.Cache`."""
 
     def loss_of(running, batch: dict):
         total, report = teacher_cache.distillation(rows, 1.0, vocabulary, running, batch)
@@ -71,7 +73,7 @@ def confidence(teacher, batches: Iterable[dict], fused: bool = True) -> float:
 
     Args:
         teacher: a causal LM; None: the batches have the rows of a teacher's cache.
-        batches: as `harness.batching.collate` makes them; pads and prompts do not count.
+        batches: as `harness.training.batching.collate` makes them; pads and prompts do not count.
     """
     total, count = 0.0, 0
     for batch in batches:
@@ -83,8 +85,8 @@ def confidence(teacher, batches: Iterable[dict], fused: bool = True) -> float:
         inputs = validation.inputs_of(batch, teacher.device)
         counted = counted.to(teacher.device)
         if fused:
-            head = hidden_loss.head_and_hidden(teacher, inputs, counted.shape[1])
-            total += hidden_loss.kd_from_hidden(_highest_rows, head, head, counted).item()
+            head = from_hidden.head_and_hidden(teacher, inputs, counted.shape[1])
+            total += from_hidden.kd_from_hidden(_highest_rows, head, head, counted).item()
         else:
             logits = teacher(**inputs).logits
             total += sum_over_rows(_highest_rows, logits, logits, counted).item()

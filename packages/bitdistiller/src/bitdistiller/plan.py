@@ -3,12 +3,11 @@
 import math
 from pathlib import Path
 
-from harness.decoder import Decoder
-from harness.footprint import stored_size
-from harness.plan import training_cost
-from harness.stages import get_matrix, linears
-
 from harness import precision
+from harness.blocks.decoder import Decoder
+from harness.metrics.footprint import stored_size
+from harness.modules import get_matrix, linears
+from harness.training.cost import training_cost
 
 
 def show(args, source: Path, grid, training, dtype, stored_dtype) -> None:

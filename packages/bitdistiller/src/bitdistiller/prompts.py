@@ -16,9 +16,8 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
+from harness.data import corpora, files, hub, instructions, stdlib
 from harness.errors import UserError, nearest
-
-from harness import data, files, hub, instruct, stdlib
 
 # How many the original took; of the embedded sets as many as of the like.
 SAMPLES = {
@@ -82,7 +81,7 @@ def prompts(name: str) -> list[str]:
         pieces = (piece for text in stdlib.documents("train").values() for piece in passages(text))
         return fronts(pieces)
     if path is None and kind == "stdlib-doc":
-        return [pair["prompt"] for pair in data.instructions("stdlib-doc", "train")]
+        return [pair["prompt"] for pair in corpora.instructions("stdlib-doc", "train")]
     if path is None and kind == "wikitext2":
         return fronts(hub.load("wikitext2", "train")["text"])
     if path is None:
@@ -126,8 +125,8 @@ def _asked(words: str, more: str, kind: str) -> str:
     if kind == "alpaca":
         return f"{words}\n{more}\n" if more else f"{words}\n"
     if kind == "code":
-        return instruct.alpaca_prompt(words, more).removesuffix("\n")
-    return instruct.alpaca_prompt(words).removesuffix("\n") + " Let's think step by step."
+        return instructions.alpaca_prompt(words, more).removesuffix("\n")
+    return instructions.alpaca_prompt(words).removesuffix("\n") + " Let's think step by step."
 
 
 def fronts(texts: Iterable[str]) -> list[str]:

@@ -10,19 +10,19 @@ import json
 from pathlib import Path
 
 import torch
-from harness.errors import UserError, one_line
-from harness.grid import Grid, QuantizedWeight
-from harness.stages import get_matrix
-from harness.tensors import Weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from bitdistiller import clips
-from bitdistiller.quantizer import FakeQuantLinear
-from harness import checkpoint, quantconfig
+from bitdistiller import clip_file
+from harness.checkpoint import load, quantconfig
+from harness.checkpoint.weights import Weights
+from harness.errors import UserError, one_line
+from harness.modules import get_matrix
+from harness.quant.fake_quant import FakeQuantLinear
+from harness.quant.grid import Grid, QuantizedWeight
 
 FILE = "grid.safetensors"
-NOTE = clips.NOTE
+NOTE = clip_file.NOTE
 
 Tensors = dict[str, torch.Tensor]
 
@@ -69,7 +69,7 @@ def grid_tensors(name: str, quantized: QuantizedWeight) -> Tensors:
 
 def note(grid) -> str:
     """The metadata entry."""
-    return json.dumps(clips.kind(grid), sort_keys=True)
+    return json.dumps(clip_file.kind(grid), sort_keys=True)
 
 
 class Grids:
@@ -145,7 +145,7 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
     grids = Grids(folder)
     grids.check_codes()
     weights = Weights(folder)
-    model = checkpoint.load_dense(weights, checkpoint.load_config(folder), weights.dtype)
+    model = load.load_dense(weights, load.load_config(folder), weights.dtype)
     modules = dict(model.named_modules())
     linears = {name: modules[name] for name in sorted(grids.names) if name in modules}
     return model, {n: grids.quantized(n, get_matrix(m)) for n, m in linears.items()}

@@ -3,15 +3,14 @@
 from pathlib import Path
 
 import torch
-from harness.decoder import find_blocks
-from harness.errors import UserError, nearest
-from harness.grid import Grid, QuantizedWeight, check_group_size
-from harness.stages import get_matrix, linears
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitdistiller import result
-from bitdistiller.quantizer import FakeQuantLinear
+from harness.errors import UserError, nearest
+from harness.modules import find_blocks, get_matrix, linears
+from harness.quant.fake_quant import FakeQuantLinear
+from harness.quant.grid import Grid, QuantizedWeight, check_group_size
 
 LEARN = ("weights", "scales", "all")
 

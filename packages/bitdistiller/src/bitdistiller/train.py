@@ -163,8 +163,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from bitdistiller.training import train
-    from harness import distributed, engine, meter
+    from bitdistiller.train_run import train
+    from harness import distributed
+    from harness.training import engine, meter
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -116,7 +116,8 @@ def _run(args: argparse.Namespace) -> None:
     out = args.out or f"{Path(args.model).name}-{'rtn' if args.nearest else 'gptq'}-w{args.wbits}"
 
     from gptq.method import quantize
-    from harness import card, distributed
+    from harness import distributed
+    from harness.checkpoint import card
 
     with distributed.group():
         rows = quantize(
@@ -152,13 +153,15 @@ def _print_table(rows: list[dict]) -> None:
 
 
 def _evaluate(out: str, datasets: list[str], args: argparse.Namespace) -> None:
-    from harness import checkpoint, data, perplexity
+    from harness.checkpoint import load
+    from harness.data import corpora
+    from harness.metrics import perplexity
 
-    model = checkpoint.load_model(out, device=args.device, dtype=args.dtype)
-    tokenizer = checkpoint.load_tokenizer(out)
-    seqlen = perplexity.window_length(model.config, args.seqlen)
+    model = load.load_model(out, device=args.device, dtype=args.dtype)
+    tokenizer = load.load_tokenizer(out)
+    seqlen = load.window_length(model.config, args.seqlen)
     for name in datasets:
-        windows = data.evaluation(tokenizer, name, seqlen=seqlen, new_eval=args.new_eval)
+        windows = corpora.evaluation(tokenizer, name, seqlen=seqlen, new_eval=args.new_eval)
         value = perplexity.perplexity(model, windows).value
         print(f"{name}: token perplexity {value:.3f} (seqlen {seqlen}, non-overlapping)")
 

@@ -5,28 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from harness.decoder import Decoder
-from harness.errors import UserError
-from harness.grid import Grid, QuantizedWeight, nearest
-from harness.hessian import Hessian, inverse_factor
 
 from gptq.solver import act_order, solve
-from harness import (
-    calibration,
-    checkpoint,
-    distributed,
-    formats,
-    masks,
-    preflight,
-    publish,
-    sequential,
-    writer,
-)
+from harness import distributed, locks
+from harness.blocks import calibration, preflight, sequential
+from harness.blocks.decoder import Decoder
+from harness.checkpoint import formats, load, runs
+from harness.errors import UserError
+from harness.quant import masks
+from harness.quant.grid import Grid, QuantizedWeight, nearest
+from harness.quant.hessian import Hessian, inverse_factor
 
 ROWS_FOR_NORM = 256
 
 
-@publish.releasing
+@locks.releasing
 def quantize(
     model: str,
     dataset: str | None = None,
@@ -68,8 +61,8 @@ def quantize(
             weight. true_sequential: stages of a block one after another.
         nearest: round to nearest instead (no calibration). mse: search ranges by |error|^2.4.
         format: "compressed-tensors", "gptq" or "dense".
-        ignore: linears that stay dense, see :func:`harness.stages.ignore`.
-        bos: at the head of the windows, see :func:`harness.calibration.draw`.
+        ignore: linears that stay dense, see :func:`harness.modules.ignore`.
+        bos: at the head of the windows, see :func:`harness.blocks.calibration.draw`.
 
     Returns:
         One row per linear with its name and relative output error.
@@ -90,8 +83,8 @@ def quantize(
             file=sys.stderr,
         )
         static_groups = True
-    device = distributed.start(checkpoint.pick_device(device))
-    folder = checkpoint.resolve(model)
+    device = distributed.start(load.pick_device(device))
+    folder = load.resolve(model)
     decoder = Decoder(folder, device=device, dtype=dtype, name=model)
     decoder.ignore(ignore)
     stored = decoder.stored_dtype
@@ -105,7 +98,7 @@ def quantize(
     )
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
-    writer.claim(Path(out), folder, overwrite, dry_run)
+    runs.claim(Path(out), folder, overwrite, dry_run)
     windows = calibrated = None
     if nearest:
         method.update = _nearest_update(grid, dtypes["scale_dtype"])
@@ -129,7 +122,7 @@ def quantize(
         method.actorder = act_order and (static_groups or not grouped)
         method.update = _gptq_update(grid, dtypes, percdamp, act_order, static_groups)
     if dry_run:
-        from harness.plan import print_plan
+        from harness.blocks.plan import print_plan
 
         print_plan(decoder, method, out, 0 if windows is None else windows.numel())
         return []

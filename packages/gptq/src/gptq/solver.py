@@ -15,7 +15,8 @@ where launches would dominate, a block of columns is one Triton kernel (kernel.p
 from collections.abc import Iterator
 
 import torch
-from harness.grid import Grid, QuantizedWeight, find_scale_zero, round_to_codes, weight_scales
+
+from harness.quant.grid import Grid, QuantizedWeight, find_scale_zero, round_to_codes, weight_scales
 
 OUTER, INNER = 128, 32
 

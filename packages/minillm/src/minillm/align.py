@@ -10,11 +10,11 @@ Letters: B examples, T positions of the teacher, S of the student, V and W their
 """
 
 import torch
-from harness.divergence import LOG_ZERO, sum_over_rows
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness import hidden_loss
+from harness.losses import from_hidden
+from harness.losses.divergence import LOG_ZERO, sum_over_rows
 
 Side = tuple[list[int], list[int], int]
 
@@ -82,11 +82,11 @@ def batch(
     """A micro-batch of {"prompt", "response"} for both models, padded on the right.
 
     Returns:
-        `harness.batching.collate` of the student's side (labels: all of the response's tokens),
+        `training.batching.collate` of the student's side (labels: all of the response's tokens),
         its places under "places", bool [B, S], and the teacher's "teacher_ids", "teacher_attention"
         and "teacher_places" [B, T].
     """
-    from harness.batching import collate
+    from harness.training.batching import collate
 
     made = []
     for pair in pairs:
@@ -116,7 +116,7 @@ def distillation(teacher, kd_ratio: float, running, some: dict):
 
     ULD's mean over the aligned places counts as one of every response token.
     """
-    from harness.batching import IGNORED
+    from harness.training.batching import IGNORED
 
     device = running.device
     with torch.no_grad():
@@ -132,7 +132,7 @@ def distillation(teacher, kd_ratio: float, running, some: dict):
     ).logits
     labels = some["labels"].to(device)
     mask = labels != IGNORED
-    ce = sum_over_rows(hidden_loss.cross_entropy_rows, q, q, mask, extras=[labels.clamp_min(0)])
+    ce = sum_over_rows(from_hidden.cross_entropy_rows, q, q, mask, extras=[labels.clamp_min(0)])
     masks = some["teacher_places"].to(device), some["places"].to(device)
     share = some["tokens"] / max(1, int(masks[1].sum()))
     uld = uld_loss(p, q, masks) * share

@@ -55,15 +55,16 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed, engine, teacher_caching
-    from minillm.caching import cache
+    from harness import distributed
+    from harness.training import cache_writer, engine
+    from minillm.cache_teacher_run import cache
 
     args.out = args.out or f"{Path(args.model).name}-cache"
     with engine.group():
         note = cache(args)
         lead = distributed.rank() == 0
     if lead and note:
-        print(teacher_caching.summary(note))
+        print(cache_writer.summary(note))
         print(f"written to {args.out}")
 
 

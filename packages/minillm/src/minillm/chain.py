@@ -10,9 +10,9 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.checkpoint import load, recipe
+from harness.commands import report
 from harness.errors import UserError
-
-from harness import checkpoint, recipe, report
 from minillm import presets
 
 
@@ -83,7 +83,7 @@ def _resume(args) -> list[str]:
 
 def _preset(name: str | None, model: str, section: str) -> list[str]:
     """The words of a section; embedded models have a preset of their name."""
-    name = name or (model if model in checkpoint.EMBEDDED else None)
+    name = name or (model if model in load.EMBEDDED else None)
     if name is None or section not in presets.load(name):
         return []
     return presets.words(name, section)
@@ -93,7 +93,7 @@ def run(args) -> list[dict] | None:
     """Run the chain with the arguments of ``minillm.distill``; finished steps are kept.
 
     Returns:
-        The results of the teacher and both students, as `harness.report` has them; None with
+        The results of the teacher and both students, as `commands.report` has them; None with
         --dry-run.
 
     Raises:
@@ -187,30 +187,3 @@ def _rank() -> int:
 def _say(text: str) -> None:
     if _rank() == 0:
         print(text, file=sys.stderr)
-
-
-class Distiller:
-    """``Distiller(teacher, student, data="dolly", ...).distill()``: the command from Python.
-
-    Settings are the flags' names with underscores; flags of single steps as one text, as there.
-    """
-
-    def __init__(self, teacher: str, student: str, **settings):
-        from minillm import distill
-
-        words = [teacher, student]
-        for name, value in {"data": "dolly", **settings}.items():
-            flag = "--" + name.replace("_", "-")
-            if isinstance(value, bool):
-                words += [flag] if value else [f"--no-{flag[2:]}"] if name == "resume" else []
-            elif value is not None:
-                words.append(f"{flag}={value}")
-        known = {action.dest for action in distill.parser()._actions}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise UserError(f"{', '.join(unknown)}: no flag of python -m minillm.distill.")
-        self.args = distill.parser().parse_args(words)
-
-    def distill(self) -> list[dict]:
-        """Run the chain, as :func:`run`; the distilled model is in the folder OUT/minillm."""
-        return run(self.args)

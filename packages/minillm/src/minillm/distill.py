@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from harness import cli
+from harness.errors import UserError
 from minillm import flags, presets
 
 EXAMPLES = """\
@@ -77,10 +78,37 @@ def _run(args: argparse.Namespace) -> int:
         print(f"distill: {error}", file=sys.stderr)
         return error.code
     if results:
-        from harness import report
+        from harness.commands import report
 
         print(report.comparison(results))
     return cli.DONE
+
+
+class Distiller:
+    """``Distiller(teacher, student, data="dolly", ...).distill()``: the command from Python.
+
+    Settings are the flags' names with underscores; flags of single steps as one text, as there.
+    """
+
+    def __init__(self, teacher: str, student: str, **settings):
+        words = [teacher, student]
+        for name, value in {"data": "dolly", **settings}.items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                words += [flag] if value else [f"--no-{flag[2:]}"] if name == "resume" else []
+            elif value is not None:
+                words.append(f"{flag}={value}")
+        known = {action.dest for action in parser()._actions}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise UserError(f"{', '.join(unknown)}: no flag of python -m minillm.distill.")
+        self.args = parser().parse_args(words)
+
+    def distill(self) -> list[dict]:
+        """Run the chain, as `chain.run`; the distilled model is in the folder OUT/minillm."""
+        from minillm.chain import run
+
+        return run(self.args)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ hub; of the last two the part with references of 11 words and more, as published
 import sys
 from pathlib import Path
 
+from harness.data import columns, corpora, files, instructions
 from harness.errors import UserError, nearest, one_line
-
-from harness import columns, data, files, instruct
 
 HUB = {
     "self-inst": ("MiniLLM/self-inst", "valid.jsonl"),
@@ -17,7 +16,7 @@ HUB = {
     "s-ni": ("MiniLLM/sinst", "11_/valid.jsonl"),
     "unni": ("MiniLLM/uinst", "11_/valid.jsonl"),
 }
-NAMES = (*data.INSTRUCTIONS, *HUB)
+NAMES = (*corpora.INSTRUCTIONS, *HUB)
 EXPECTED = "expected prompt and response, or instruction (input) and output"
 
 
@@ -34,8 +33,8 @@ def load(name: str) -> list[tuple[str, list[str]]]:
         found = _examples(path)
         # How the original's files may write line ends.
         return [(prompt.replace("<n>", "\n"), some) for prompt, some in found]
-    if name in data.DATASETS:
-        return [(pair["prompt"], [pair["response"]]) for pair in data.instructions(name, "test")]
+    if name in corpora.DATASETS:
+        return [(pair["prompt"], [pair["response"]]) for pair in corpora.instructions(name, "test")]
     source = Path(name)
     if not source.exists():
         raise UserError(
@@ -50,7 +49,7 @@ def load(name: str) -> list[tuple[str, list[str]]]:
         f"note: {name}: its test part, a twentieth; a file named test* is taken whole",
         file=sys.stderr,
     )
-    return instruct.deal(found, "test")
+    return instructions.deal(found, "test")
 
 
 def _examples(path: Path) -> list[tuple[str, list[str]]]:

@@ -62,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from harness import distributed, engine, report
-    from minillm.evaluating import evaluate
+    from harness import distributed
+    from harness.commands import report
+    from harness.training import engine
+    from minillm.evaluate_run import evaluate
 
     with engine.group():
         found = evaluate(args)

@@ -84,8 +84,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed, engine, meter
-    from minillm.finetuning import finetune
+    from harness import distributed
+    from harness.training import engine, meter
+    from minillm.finetune_run import finetune
 
     args.out = args.out or f"{Path(args.model).name}-{args.type}"
     with engine.group():

@@ -137,12 +137,12 @@ def lengths(args: argparse.Namespace, *contexts: int | None) -> tuple[int, int]:
 
 
 def training(args: argparse.Namespace, parameters: int, examples: int, ranks: int):
-    """`harness.engine.Training` of these flags, and a sentence on where its numbers come from.
+    """`training.engine.Training` of these flags, and a sentence on where its numbers come from.
 
     Args:
         parameters: of the student, for what was published. examples: rows an epoch goes through.
     """
-    from harness.engine import Training
+    from harness.training.engine import Training
 
     rate, epochs = LORA if args.peft else next(p[1:] for p in PUBLISHED if parameters <= p[0])
     kind = "for LoRA" if args.peft else f"nearest to {parameters / 1e6:.1f} M parameters"

@@ -86,8 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed, engine
-    from minillm.generating import generate
+    from harness import distributed
+    from harness.training import engine
+    from minillm.generate_run import generate
 
     args.out = args.out or f"{Path(args.model).name}-generated.jsonl"
     with engine.group():

@@ -2,11 +2,11 @@
 
 p is the teacher, q the student. Letters: B sequences, T positions, H hidden width, V vocabulary, R
 rows (positions that count) of one chunk. All losses are sums over the masked positions, float32;
-`harness.engine.train_step` divides by the tokens of the global batch.
+`harness.training.engine.train_step` divides by the tokens of the global batch.
 
 A row function maps log-probabilities log_p, log_q [R, V] (and extras [R], a label say) to [R], or
-to [R, K] where K sums are wanted at once. `harness.divergence.sum_over_rows` sums it from logits of
-both models (the functions of `LOSSES`), `harness.hidden_loss` from hidden states or models.
+to [R, K] where K sums are wanted at once. `losses.divergence.sum_over_rows` sums it from logits of
+both models (the functions of `LOSSES`), `harness.losses.from_hidden` from hidden states or models.
 
 Sources: MiniLLM arXiv 2306.08543, GKD arXiv 2306.13649 (generalised JSD), DistiLLM arXiv 2402.03898
 (skew KL), f-distillation arXiv 2307.15190 (TVD).
@@ -16,7 +16,9 @@ import math
 from functools import partial
 
 import torch
-from harness.divergence import (
+from torch import Tensor
+
+from harness.losses.divergence import (
     RowFunction,
     jsd_rows,
     kl_rows,
@@ -24,8 +26,7 @@ from harness.divergence import (
     sum_over_rows,
     tv_rows,
 )
-from harness.hidden_loss import cross_entropy_rows
-from torch import Tensor
+from harness.losses.from_hidden import cross_entropy_rows
 
 
 def skew_kl_rows(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:

@@ -3,30 +3,32 @@
 from pathlib import Path
 
 import torch
-from harness.errors import UserError, one_line
 
-from harness import checkpoint, distributed, precision, quantconfig, trainer
+from harness import distributed, precision
+from harness.checkpoint import load, quantconfig
+from harness.errors import UserError, one_line
+from harness.training import loop
 
 SELF_TEST = "def f(x):\n    return 'Ünïcode', [x + 1, 2e-3]  # 日本 <s> </s>\n\n\tThe end."
 
 
 def load_student(model: str, *, device: str, dtype, peft_path: str | None = None):
     """A causal LM in memory, with the LoRA adapter at ``peft_path``, if any, merged in; ``dtype``
-    as for :func:`harness.checkpoint.load_model`.
+    as for :func:`harness.checkpoint.load.load_model`.
 
     Raises:
         UserError: it is packed (training would undo that), or the adapter does not fit.
     """
-    folder = checkpoint.resolve(model)
+    folder = load.resolve(model)
     if quantconfig.is_packed(folder):
         raise UserError(f"{model} is quantized, and training would undo that; give a dense model.")
-    loaded = checkpoint.load_model(folder, device=device, dtype=dtype)
+    loaded = load.load_model(folder, device=device, dtype=dtype)
     return with_adapter(loaded, peft_path) if peft_path else loaded
 
 
 def load_teacher(model: str, *, device: str, dtype="auto", peft_path: str | None = None):
     """The teacher, in eval mode and without gradients; packed ones are fine."""
-    loaded = checkpoint.load_model(model, device=device, dtype=dtype)
+    loaded = load.load_model(model, device=device, dtype=dtype)
     if peft_path:
         loaded = with_adapter(loaded, peft_path)
     return loaded.eval().requires_grad_(False)
@@ -67,7 +69,7 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, seed: int):
 def merged(student, tensors: dict[str, torch.Tensor], dtype: torch.dtype, **lora):
     """The plain model of a LoRA student: ``student`` (float32) with trained tensors, by name, put
     in and merged; summed in float32, rounded once."""
-    adapted = trainer.put_in(add_lora(student, **lora), tensors)
+    adapted = loop.put_in(add_lora(student, **lora), tensors)
     return precision.cast(adapted.merge_and_unload(), dtype)
 
 
@@ -80,9 +82,9 @@ def shared_columns(teacher: str, student: str) -> int:
     Raises:
         UserError: the tokenizers differ.
     """
-    folders = [checkpoint.resolve(name) for name in (teacher, student)]
-    sizes = [checkpoint.load_config(f).get_text_config().vocab_size for f in folders]
-    tokenizers = [checkpoint.load_tokenizer(f) for f in folders]
+    folders = [load.resolve(name) for name in (teacher, student)]
+    sizes = [load.load_config(f).get_text_config().vocab_size for f in folders]
+    tokenizers = [load.load_tokenizer(f) for f in folders]
     names = [{i: token for token, i in t.get_vocab().items()} for t in tokenizers]
     differing = [i for i in {*names[0], *names[1]} if names[0].get(i) != names[1].get(i)]
     columns = min([*sizes, *differing])

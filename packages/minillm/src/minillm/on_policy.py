@@ -1,4 +1,4 @@
-"""What MiniLLM does at a step and at a look, as `harness.trainer.train` calls it.
+"""What MiniLLM does at a step and at a look, as `harness.training.loop.train` calls it.
 
 Legend: B rollouts or windows of a micro-batch, L tokens of the longest of them.
 """
@@ -8,13 +8,17 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from harness.divergence import reverse_kl_rows
-from harness.engine import Training
-from harness.progress import track
-from harness.rouge import rouge_l
-from harness.validation import inputs_of
 
-from harness import batching, distributed, engine, example_sets, hidden_loss, responses
+from harness import distributed
+from harness.data import example_sets
+from harness.generation import responses
+from harness.losses import from_hidden
+from harness.losses.divergence import reverse_kl_rows
+from harness.metrics.rouge import rouge_l
+from harness.progress import track
+from harness.training import batching, engine
+from harness.training.engine import Training
+from harness.training.validation import inputs_of
 from minillm import losses, policy, rollouts, sampling
 
 EVALUATION_SEED = 20_230_614
@@ -115,7 +119,7 @@ class OnPolicy:
         return loss, report
 
     def _sums(self, rows, student, inputs: dict, mask, extras):
-        return hidden_loss.over_models(
+        return from_hidden.over_models(
             rows, self.teacher, student, inputs, mask, extras, self.columns, self.fused
         )
 

@@ -8,7 +8,8 @@ transformers does for most families), the loss of every token is that of its exa
 import random
 
 import torch
-from harness.batching import IGNORED
+
+from harness.training.batching import IGNORED
 
 
 def pack(lengths: list[int], room: int, seed: int) -> list[list[int]]:
@@ -34,7 +35,7 @@ def pack(lengths: list[int], room: int, seed: int) -> list[list[int]]:
 
 def collate(rows: list[list[tuple[torch.Tensor, int]]], pad: int) -> dict:
     """A micro-batch of packed rows: input_ids, labels and position_ids int64 [B, T], as
-    `harness.batching.collate` otherwise, but no attention mask: positions tell documents."""
+    `training.batching.collate` otherwise, but no attention mask: positions tell documents."""
     longest = max(sum(len(ids) for ids, _ in row) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     labels, positions = torch.full_like(ids, IGNORED), torch.zeros_like(ids)

@@ -22,8 +22,9 @@ already (``future`` is the paper's), and the weight is inside the clip.
 import math
 
 import torch
-from harness.divergence import reverse_kl_rows
 from torch import Tensor
+
+from harness.losses.divergence import reverse_kl_rows
 
 
 def mixed_log_probs(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:

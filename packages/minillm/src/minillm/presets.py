@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 from harness.errors import UserError
-
 from minillm import flags
 
 FOLDER = Path(__file__).with_name("presets")

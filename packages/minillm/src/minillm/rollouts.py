@@ -11,10 +11,12 @@ tokens of the longest of them, prompt included.
 from dataclasses import dataclass
 
 import torch
-from harness.errors import UserError
 from torch import Tensor
 
-from harness import batching, distributed, responses
+from harness import distributed
+from harness.errors import UserError
+from harness.generation import responses
+from harness.training import batching
 from minillm import policy, sampling
 
 

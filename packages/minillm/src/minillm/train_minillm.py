@@ -163,8 +163,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from harness import distributed, engine
-    from minillm.distilling import train
+    from harness import distributed
+    from harness.training import engine
+    from minillm.train_minillm_run import train
 
     args.out = args.out or f"{Path(args.model).name}-minillm"
     with engine.group():

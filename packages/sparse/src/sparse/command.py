@@ -97,7 +97,8 @@ def _run(args: argparse.Namespace, method: str, options: dict) -> None:
     n, m = _pattern(args)
     out = args.out or f"{Path(args.model).name}-{method}-{_amount(args.sparsity, n, m)}"
 
-    from harness import card, distributed
+    from harness import distributed
+    from harness.checkpoint import card
     from sparse.layerwise import prune
 
     with distributed.group():
@@ -157,9 +158,10 @@ def print_table(rows: list[dict]) -> None:
 
 def honest_line(rows: list[dict], out: Path, layout: str) -> str:
     """What the zeros are worth: shares, bytes on disk, and that nothing here runs them faster."""
-    from harness import checkpoint, footprint
+    from harness.checkpoint import load
+    from harness.metrics import footprint
 
-    config = checkpoint.load_config(out)
+    config = load.load_config(out)
     size = footprint.stored_size(out, config)
     packed = f", {size.disk_bytes / 1e6:.3f} MB as {layout}" if layout in PACKED else ""
     item = config.dtype.itemsize

@@ -3,32 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.decoder import Decoder
+from harness import distributed, locks
+from harness.blocks import calibration, preflight, sequential
+from harness.blocks.decoder import Decoder
+from harness.checkpoint import formats, load, runs
 from harness.errors import UserError, nearest
-from harness.grid import Grid
-from harness.hessian import Hessian
-from harness.stages import get_matrix, linears
-
-from harness import (
-    calibration,
-    checkpoint,
-    distributed,
-    formats,
-    preflight,
-    publish,
-    sequential,
-    writer,
-)
+from harness.modules import get_matrix, linears
+from harness.quant.grid import Grid
+from harness.quant.hessian import Hessian
 from sparse import methods
-from sparse.command import PACKED
 from sparse.ratios import owl
 
 METHODS = ("sparsegpt", "wanda", "magnitude")
-FORMATS = ("dense", "bitmask", *PACKED)
+FORMATS = ("dense", "bitmask", *formats.PACKED)
 EVERY_BLOCK = 1000
 
 
-@publish.releasing
+@locks.releasing
 def prune(
     model: str,
     dataset: str | None = None,
@@ -84,8 +75,8 @@ def prune(
         use_variant: Wanda's. per_row: magnitude's.
         nsamples, seqlen: calibration windows and their length (default: the model's context, at
             most 2,048).
-        ignore: linears that stay as they are, see :func:`harness.stages.ignore`.
-        bos: at the head of the windows, see :func:`harness.calibration.draw`.
+        ignore: linears that stay as they are, see :func:`harness.modules.ignore`.
+        bos: at the head of the windows, see :func:`harness.blocks.calibration.draw`.
         format: "dense" or "bitmask"; below 16 bits also "compressed-tensors" or "gptq".
 
     Returns:
@@ -109,8 +100,8 @@ def prune(
     if use_variant and goal.m:
         raise UserError("--use_variant is for unstructured sparsity; drop it or the n:m pattern.")
 
-    device = distributed.start(checkpoint.pick_device(device))
-    folder = checkpoint.resolve(model)
+    device = distributed.start(load.pick_device(device))
+    folder = load.resolve(model)
     decoder = Decoder(folder, device=device, dtype=dtype, name=model)
     decoder.ignore(ignore)
     stored = decoder.stored_dtype
@@ -121,7 +112,7 @@ def prune(
         raise UserError("the gptq format holds all linears or none; use compressed-tensors.")
     # Before the data, which may have to be downloaded and take minutes to tokenize.
     preflight.check(decoder, grid, format, Path(out))
-    writer.claim(Path(out), folder, overwrite, dry_run)
+    runs.claim(Path(out), folder, overwrite, dry_run)
 
     settings = {
         "sparsity": goal.sparsity, "prunen": goal.n, "prunem": goal.m, "ratios": ratios,
@@ -158,12 +149,12 @@ def prune(
             bos="none" if dry_run else bos,
         )
     statistics = {"sparsegpt": Hessian, "wanda": methods.Norms, "magnitude": None}[method]
-    packed = grid if format in PACKED else None
+    packed = grid if format in formats.PACKED else None
     job = sequential.Method(
         method, settings, None, statistics, true_sequential, layout=format, grid=packed
     )
     if dry_run:
-        from harness.plan import print_plan
+        from harness.blocks.plan import print_plan
 
         print_plan(decoder, job, out, 0 if windows is None else windows.numel())
         return []
@@ -233,7 +224,7 @@ def _grid(method: str, wbits: int, groupsize: int, sym: bool, format: str) -> Gr
             f"wbits is {wbits}; only SparseGPT quantizes, use 16 with {method} pruning."
         )
     if wbits == 16:
-        if format in PACKED:
+        if format in formats.PACKED:
             raise UserError(
                 f"--format {format} holds integers; quantize too (SparseGPT's --wbits 4), or use "
                 "--format dense or bitmask."

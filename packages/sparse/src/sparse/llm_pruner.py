@@ -158,8 +158,9 @@ def _run(args: argparse.Namespace) -> None:
     amount = args.layer if level == "layer" else f"{100 * args.pruning_ratio:g}"
     out = args.out or f"{Path(args.model).name}-llm_pruner-{level}-{amount}"
 
-    from harness import card, distributed
-    from sparse.structured import prune
+    from harness import distributed
+    from harness.checkpoint import card
+    from sparse.structured.prune import prune
 
     with distributed.group():
         if args.test_before_train:
@@ -215,7 +216,7 @@ def _where(result: dict, out: str) -> str:
     if not result["ordinary"]:
         return (
             f"written to {out}; its blocks differ in size, which no ordinary config can say: it "
-            "loads in the harness (harness.checkpoint.load_model), not in plain transformers"
+            "loads in the harness (harness.checkpoint.load.load_model), not in plain transformers"
         )
     kind = result["config"]["model_type"]
     if kind == result["family"]:
@@ -227,17 +228,18 @@ def _where(result: dict, out: str) -> str:
 
 
 def _perplexity(args: argparse.Namespace, model: str, when: str) -> None:
-    from harness.decoder import stream_logits
-
-    from harness import checkpoint, data, perplexity
+    from harness.blocks.decoder import stream_logits
+    from harness.checkpoint import load
+    from harness.data import corpora
+    from harness.losses import nll
 
     dataset = args.dataset or "stdlib"
-    folder = checkpoint.resolve(model)
-    seqlen = perplexity.window_length(checkpoint.load_config(folder))
-    windows = data.evaluation(checkpoint.load_tokenizer(folder), dataset, seqlen=seqlen)
-    device = checkpoint.pick_device(args.device)
+    folder = load.resolve(model)
+    seqlen = load.window_length(load.load_config(folder))
+    windows = corpora.evaluation(load.load_tokenizer(folder), dataset, seqlen=seqlen)
+    device = load.pick_device(args.device)
     logits = stream_logits(model, windows, device=device, dtype=args.dtype)
-    value = perplexity.perplexity_of_logits(logits, windows).value
+    value = nll.perplexity_of_logits(logits, windows).value
     print(f"{dataset}: token perplexity {when} pruning {value:.3f} (seqlen {seqlen})")
 
 

@@ -1,6 +1,6 @@
 """The losses of recovery: next-token cross entropy, and its mixture with a teacher's distribution.
 
-All are sums over the targets, in float32 over a slice of rows at a time (`harness.divergence` has
+All are sums over the targets, in float32 over a slice of rows at a time (`losses.divergence` has
 the reason), from logits [B, T, V] of any dtype and targets [B, T], IGNORED where nothing is
 predicted. Distillation: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
 """
@@ -8,11 +8,17 @@ predicted. Distillation: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
 from collections.abc import Callable
 
 import torch
-from harness.divergence import CHUNK_ELEMENTS, jsd_rows, kl_rows, reverse_kl_rows, sum_over_rows
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from harness.losses.divergence import (
+    CHUNK_ELEMENTS,
+    jsd_rows,
+    kl_rows,
+    reverse_kl_rows,
+    sum_over_rows,
+)
 from sparse.training import IGNORED, autocast
 
 DIVERGENCES = {"forward_kl": kl_rows, "reverse_kl": reverse_kl_rows, "jsd": jsd_rows}

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness.errors import UserError
-from harness.grid import Grid, QuantizedWeight
-from harness.hessian import inverse_factor
-from harness.sequential import Update
 
 from harness import distributed
+from harness.blocks.sequential import Update
+from harness.errors import UserError
+from harness.quant.grid import Grid, QuantizedWeight
+from harness.quant.hessian import inverse_factor
 from sparse import masks
 from sparse.solver import solve
 

@@ -7,14 +7,14 @@ the mean is the target.
 """
 
 import torch
-from harness.block_pass import BlockPass
-from harness.decoder import Decoder
-from harness.errors import UserError
-from harness.progress import track
-from harness.sequential import Method
-from harness.stages import get_matrix
 
 from harness import distributed, memory
+from harness.blocks.block_pass import BlockPass
+from harness.blocks.decoder import Decoder
+from harness.blocks.sequential import Method
+from harness.errors import UserError
+from harness.modules import get_matrix
+from harness.progress import track
 from sparse.methods import Norms
 
 

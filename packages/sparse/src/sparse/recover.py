@@ -172,8 +172,9 @@ def _run(args: argparse.Namespace) -> None:
     targets = options.pop("lora_target_modules")
     out = options.pop("out") or f"{Path(args.model).name}-recovered"
 
-    from harness import card, distributed
-    from sparse.recovery import recover
+    from harness import distributed
+    from harness.checkpoint import card
+    from sparse.recover_run import recover
 
     with distributed.group():
         result = recover(

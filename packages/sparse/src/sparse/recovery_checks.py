@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from harness import distributed
+from harness.checkpoint import load, runs
+from harness.checkpoint.load import context_length
+from harness.data import corpora
 from harness.errors import UserError, nearest
-from harness.perplexity import context_length
-
-from harness import checkpoint, distributed, writer
 from sparse.losses import DIVERGENCES
 from sparse.training import Plan, target_count
 
@@ -55,7 +56,7 @@ def check_source(weights, model: str, out: Path, overwrite: bool, dry_run: bool)
             f"{model} is quantized ({weights.layout}), and training would undo that; recover the "
             "pruned model first and quantize the result."
         )
-    writer.claim(out, weights.folder, overwrite, dry_run)
+    runs.claim(out, weights.folder, overwrite, dry_run)
     if weights.layout != "dense":
         distributed.say(
             f"{model} is stored as {weights.layout}; the result is written dense (harness convert "
@@ -85,10 +86,10 @@ def length(wanted: int | None, default: int, config) -> int:
 
 def check_teacher(teacher: str, tokenizer, config) -> Path:
     """The teacher's folder, if its logits mean the same tokens."""
-    folder = checkpoint.resolve(teacher)
-    theirs = checkpoint.load_config(folder).get_text_config().vocab_size
+    folder = load.resolve(teacher)
+    theirs = load.load_config(folder).get_text_config().vocab_size
     ours = config.get_text_config().vocab_size
-    other = checkpoint.load_tokenizer(folder)
+    other = load.load_tokenizer(folder)
     same = other.get_vocab() == tokenizer.get_vocab() and all(
         other(text)["input_ids"] == tokenizer(text)["input_ids"] for text in (SELF_TEST, "a")
     )
@@ -102,7 +103,7 @@ def check_teacher(teacher: str, tokenizer, config) -> Path:
 
 
 def check_tokens(data, config) -> None:
-    checkpoint.check_token(max(int(ids.max()) for ids, _ in data), config)
+    corpora.check_token(max(int(ids.max()) for ids, _ in data), config)
 
 
 def describe(plan: Plan, data, held, usual: float | None, width: int) -> str:
@@ -123,15 +124,15 @@ def describe(plan: Plan, data, held, usual: float | None, width: int) -> str:
 
 def print_plan(folder, out, tune, r, stored, whole, teacher) -> None:
     """--dry-run: what training takes, activations aside."""
-    from harness.footprint import linear_shapes, stored_size
+    from harness.metrics.footprint import linear_shapes, stored_size
 
-    count = stored_size(folder, checkpoint.load_config(folder)).parameters
+    count = stored_size(folder, load.load_config(folder)).parameters
     shapes = [s for n, s in linear_shapes(folder).items() if "embed" not in n and "head" not in n]
     trained = count if tune == "full" else sum(r * (o + i) for o, i in shapes)
     item = 4 if whole else stored.itemsize
     memory = count * item + trained * (12 if tune == "full" else 16)
     if teacher:
-        memory += stored_size(teacher, checkpoint.load_config(teacher)).parameters * item
+        memory += stored_size(teacher, load.load_config(teacher)).parameters * item
     print(f"recover ({tune}): {trained / 1e6:.2f} of {count / 1e6:.2f} M parameters -> {out}")
     print(
         f"memory: about {memory / 1e9:.2f} GB for weights, gradients and moments, and the "

@@ -16,8 +16,8 @@ dominate, a block of columns is one Triton kernel (kernel.py).
 """
 
 import torch
-from harness.grid import Grid, QuantizedWeight, round_to_codes, weight_scales
 
+from harness.quant.grid import Grid, QuantizedWeight, round_to_codes, weight_scales
 from sparse.masks import n_of_m, of_tensor
 
 OUTER, INNER = 128, 32

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from harness.errors import UserError
-from harness.meter import Meter
-from harness.training_data import Example
 from torch import Tensor, nn
 
 from harness import distributed
+from harness.data.training_data import Example
+from harness.errors import UserError
+from harness.training.meter import Meter
 
 IGNORED = -100
 # Elements of one message between ranks: 64 MB of float32.

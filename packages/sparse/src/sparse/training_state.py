@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from harness.errors import UserError
 from safetensors import safe_open
 from torch import nn
 
-from harness import distributed, publish, writer
+from harness import distributed, paths
+from harness.checkpoint import runs
+from harness.errors import UserError
 from sparse.training import Progress
 
 NOTED = ("state", "progress", "marks")  # in OUT.partial.json, beside what run it is
@@ -37,13 +38,13 @@ class Store:
 
     def _open(self, overwrite: bool, resume: bool) -> dict | None:
         """The record of the run that is to be gone on with, or None."""
-        writer.begin(self.out, overwrite)
+        runs.begin(self.out, overwrite)
         if resume and self.file.is_file():
-            record = writer.read_state(self.file)
+            record = runs.read_state(self.file)
             begun = {part: v for part, v in record.items() if part not in NOTED}
-            writer.refuse_other_run(self.partial, begun, self.identity)
+            runs.refuse_other_run(self.partial, begun, self.identity)
             for name, marked in record["marks"].items():
-                if writer.mark(self.partial / name) != marked:
+                if runs.mark(self.partial / name) != marked:
                     raise UserError(
                         f"{self.partial / name} is damaged; start again with --no-resume."
                     )
@@ -89,13 +90,13 @@ class Store:
                     if key in optimizer.state[parameter]:
                         tensors[f"{key}:{name}"] = optimizer.state[parameter][key]
             state = f"state-{progress.step:07d}.safetensors"
-            writer.save_tensors(self.partial / state, tensors)
+            paths.save_tensors(self.partial / state, tensors)
             needed = {state, self._best(progress.best_step)}
-            marks = {name: writer.mark(self.partial / name) for name in sorted(needed)}
+            marks = {name: runs.mark(self.partial / name) for name in sorted(needed)}
             record = self.identity | {
                 "state": state, "progress": asdict(progress), "marks": marks
             }  # fmt: skip
-            publish.write_text(self.file, json.dumps(record, indent=1))
+            paths.write_text(self.file, json.dumps(record, indent=1))
             for path in self.partial.iterdir():
                 if path.name not in needed and path.is_file():
                     path.unlink()
@@ -103,7 +104,7 @@ class Store:
         distributed.lead(write)
 
     def keep_best(self, step: int, parameters: dict[str, nn.Parameter]) -> None:
-        distributed.lead(lambda: writer.save_tensors(self.partial / self._best(step), parameters))
+        distributed.lead(lambda: paths.save_tensors(self.partial / self._best(step), parameters))
 
     def load_best(self, step: int, parameters: dict[str, nn.Parameter]) -> None:
         """Put the weights of the best look into ``parameters``."""

@@ -7,12 +7,12 @@ LoRA: Hu et al. 2021, arXiv 2106.09685; LLM-Pruner (arXiv 2305.11627, section 3.
 import logging
 
 import torch
-from harness.decoder import find_blocks
-from harness.errors import UserError, nearest
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness import precision, stages
+from harness import modules, precision
+from harness.errors import UserError, nearest
+from harness.modules import find_blocks
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -21,7 +21,7 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{prefix}.{index}.{name}": module
         for index, block in enumerate(blocks)
-        for name, module in stages.linears(block).items()
+        for name, module in modules.linears(block).items()
     }
 
 

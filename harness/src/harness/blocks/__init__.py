@@ -1,0 +1,1 @@
+"""Layer-wise work: any causal LM, one decoder block in memory at a time."""

@@ -1,0 +1,59 @@
+"""What can be refused, or has to be said, before any work is done."""
+
+from pathlib import Path
+
+import torch
+
+from harness.blocks.decoder import Decoder
+from harness.checkpoint import formats
+from harness.errors import UserError
+from harness.modules import IGNORED, get_matrix, linears, turn
+from harness.quant.grid import Grid, check_group_size
+
+
+def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
+    """Raise :class:`UserError` where the model's sizes do not fit ``grid`` or ``layout``."""
+    if grid is None:
+        return
+    shapes, columns = {}, {}
+    for index, block in enumerate(decoder.blocks):
+        for name, module in linears(block).items():
+            shape = tuple(get_matrix(module).shape)
+            shapes[f"{decoder.prefix}.{index}.{name}"] = shape
+            columns[name] = shape[1]
+    check_group_size(columns, grid)
+    formats.check(layout, grid, shapes)
+    if layout == "gptq" and any(hasattr(m, IGNORED) for m in decoder.blocks.modules()):
+        raise UserError(
+            "the gptq format has no place for the names of linears that stay dense; use "
+            "--format compressed-tensors with --ignore."
+        )
+
+
+def check_scales(decoder: Decoder, grid: Grid | None, layout: str) -> None:
+    """Refuse weights whose scales float16 does not hold, where it stores them: in the gptq layout,
+    and of a float16 model. Reads every block."""
+    dtype = formats.scale_dtype(layout, decoder.stored_dtype)
+    if grid is None or dtype != torch.float16:
+        return
+    for index, block in enumerate(decoder.blocks):
+        for name, module in linears(block).items():
+            full = f"{decoder.prefix}.{index}.{name}"
+            formats.check_scales(full, turn(module, decoder.stored(f"{full}.weight")), grid)
+
+
+def what_stays(decoder: Decoder) -> str:
+    """The blocks' matrices that are no linear layers, which no layer-wise method changes: mixtures
+    of experts keep most of their weights in such. "" where there are none."""
+    kept, total = {}, 0
+    for block in decoder.blocks:
+        inside = {f"{n}.weight" for n, m in block.named_modules() if hasattr(m, IGNORED)}
+        inside |= {f"{name}.weight" for name in linears(block)}
+        for name, parameter in block.named_parameters():
+            total += parameter.numel()
+            if parameter.ndim > 1 and name not in inside:
+                kept[name] = kept.get(name, 0) + parameter.numel()
+    if not kept:
+        return ""
+    share = sum(kept.values()) / total
+    return f"left as they are, no linear layers: {', '.join(kept)} ({share:.0%} of the blocks)"

@@ -1,0 +1,158 @@
+"""What loads a result: said on its card and by `harness info`, and only what was tried.
+
+transformers is asked itself, for every model: it loads the result's tensors on the meta device,
+where they have shapes and no values, and tells what it misses. vLLM is promised for the families
+that the vLLM session serves.
+"""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from harness import paths
+from harness.checkpoint import formats, load, nonuniform, quantconfig, weight_files
+from harness.errors import one_line
+from harness.quant.grid import Grid
+
+IN_VLLM = {"dense": ("llama", "mistral"), "packed": ("llama",)}
+UNPACKS = (0, 20)  # the version of compressed-tensors that unpacks on the meta device
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def describe(layout: str, grid: Grid | None, config, fault: str | None) -> str:
+    """What loads a checkpoint of a model with this transformers ``config`` in ``layout`` on
+    ``grid``; ``fault``: what :func:`fault_in_transformers` found.
+
+    vLLM 0.32 runs 4 bits on CPUs that have AVX-512, which the vLLM session checks, and refuses 8
+    there; its list of kernels for GPUs has both.
+    """
+    if getattr(config, nonuniform.KEY, None):
+        return "the harness only (its blocks differ in size)"
+    if layout == "bitmask":
+        return "the harness only (harness convert --format dense makes it readable by all)"
+    if layout == "other":
+        return "transformers, with the library that made it"
+    family = config.model_type
+    if layout == "dense":
+        if fault:
+            return f"the harness only (transformers: {fault})"
+        if family in IN_VLLM["dense"]:
+            return "transformers, vLLM, and everything else that reads Hugging Face checkpoints"
+        return f"transformers, the harness (vLLM was not tried with {family})"
+    served = ""
+    if family in IN_VLLM["packed"]:
+        if grid.bits == 4 and (grid.symmetric or layout == "compressed-tensors"):
+            served = "vLLM (on a GPU, or a CPU with AVX-512), "
+        elif grid.bits == 8 and grid.symmetric:
+            served = "vLLM on a GPU, "
+    if layout == "gptq":
+        known = "GPTQModel where its kernels know the width"
+        return f"{served}the harness; made for {known} and this family"
+    if fault:
+        return f"the harness only (transformers: {fault}); --format dense is read by all"
+    # Other widths were packed otherwise before, and older libraries load garbage from these files.
+    oldest = "0.17" if 32 % grid.bits == 0 else "0.19"
+    return f"{served}transformers with compressed-tensors {oldest} or newer, the harness"
+
+
+def of_folder(folder: Path, config) -> str:
+    """:func:`describe` of the checkpoint in ``folder``, whatever made it."""
+    raw = paths.read_json(folder / "config.json")
+    quantization = quantconfig.of(raw, folder / "config.json")
+    layout = quantconfig.layout_of(quantization)
+    fault, grid = None, None
+    if layout in ("compressed-tensors", "gptq"):
+        grid = quantconfig.grid_of(quantization)
+    if layout in ("compressed-tensors", "dense"):
+        stored = weight_files.read_headers(folder)
+        shapes = {name: _empty(t.shape, DTYPES.get(t.dtype)) for name, t in stored.items()}
+        fault = fault_in_transformers(load.load_config(folder), shapes) if shapes else None
+    return describe(layout, grid, config, fault)
+
+
+def of_shards(config, files: list[Path], outer: dict[str, torch.Tensor]) -> str:
+    """:func:`describe` of a dense result: its finished shards, and what else it will hold."""
+    stored = {n: t for file in files for n, t in weight_files.header(file).items()}
+    tensors = {n: _empty(t.shape, DTYPES.get(t.dtype)) for n, t in stored.items()}
+    tensors |= {n: _empty(t.shape, t.dtype) for n, t in outer.items()}
+    return describe("dense", None, config, fault_in_transformers(config, tensors))
+
+
+def of_result(
+    model: nn.Module, packed: set[str], layout: str, grid: Grid | None, quantization: dict | None
+) -> str:
+    """:func:`describe` of a result before it is made: ``model``, of which the linears ``packed``,
+    by full name, will be stored in ``layout``."""
+    config = model.config
+    if layout not in ("compressed-tensors", "dense"):
+        return describe(layout, grid, config, None)
+    if layout != "dense" and any(isinstance(model.get_submodule(n), Conv1D) for n in packed):
+        return describe(layout, grid, config, "it has no packed form of GPT-2's Conv1D")
+    dtype, tensors = config.dtype or torch.float32, {}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, tensor in model.state_dict().items():
+        linear = name.removesuffix(".weight")
+        if quantization and name.endswith(".weight") and linear in packed:
+            rows, columns = tensor.shape
+            tensors |= {
+                f"{linear}.{part}": _empty(shape, kind)
+                for part, (shape, kind) in formats.parts(layout, grid, rows, columns, dtype).items()
+            }
+        elif name not in tied:
+            tensors[name] = _empty(tensor.shape, tensor.dtype)
+    raw = config.to_dict() | ({"quantization_config": quantization} if quantization else {})
+    fault = fault_in_transformers(type(config).from_dict(raw), tensors)
+    return describe(layout, grid, config, fault)
+
+
+def fault_in_transformers(config, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Why transformers does not make the model of ``config`` from ``tensors``, which may be on the
+    meta device; None where it does."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and tuple(map(int, version("compressed-tensors").split(".")[:2])) < UNPACKS:
+        return None  # the older library of vLLM's environment cannot be asked so
+    # With one scale per row compressed-tensors guesses the columns on the meta device.
+    guessed = bool(quantization) and quantconfig.grid_of(quantization).group_size == -1
+    try:
+        with _quiet():
+            _, report = nonuniform.model_class(config).from_pretrained(
+                None, config=config, state_dict=dict(tensors), device_map="meta",
+                output_loading_info=True, ignore_mismatched_sizes=guessed,
+            )  # fmt: skip
+    except Exception as error:  # whatever its own code makes of these names and shapes
+        return one_line(error)[:120]
+    missing = sorted(report["missing_keys"])
+    return f"it misses {len(missing)} tensors, {missing[0]} among them" if missing else None
+
+
+@contextmanager
+def _quiet():
+    """Without what transformers and compressed-tensors say while they load."""
+    import compressed_tensors  # noqa: F401  (which sets up its logger)
+    import loguru
+    from transformers.utils import logging
+
+    said, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    loguru.logger.disable("compressed_tensors")
+    try:
+        yield
+    finally:
+        loguru.logger.enable("compressed_tensors")
+        logging.set_verbosity(said)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _empty(shape, dtype) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype or torch.float32, device="meta")

@@ -1,0 +1,215 @@
+"""Write a checkpoint block by block: whole or not at all, and resumable after any kill.
+
+While a run is under way ``OUT.partial/`` holds finished shards under their final names, and
+``OUT.partial.json`` says what run they belong to and holds their log. At the end the folder is
+renamed to ``OUT``. One shard holds what lies outside the blocks, then comes one shard per block.
+Tensors that are no part of the model wait in ``OUT.side.partial/``, a file per block, and end as
+one file of the result.
+"""
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from harness import distributed, locks, paths
+from harness.checkpoint import bitmask, formats
+from harness.checkpoint.runs import begin, mark, put_in_place, read_state, refuse_other_run, remove
+from harness.paths import save_tensors, tensor_bytes
+
+
+class Writer:
+    """Shards of one output checkpoint.
+
+    Args:
+        out: the folder to make. An existing one is an error without ``overwrite``.
+        blocks: how many decoder blocks there will be.
+        run: :func:`fingerprint` of this one.
+        resume: go on from shards of a killed run with the same fingerprint.
+        lead: False on ranks that only read what rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        blocks: int,
+        run: dict,
+        *,
+        overwrite: bool = False,
+        resume: bool = True,
+        lead: bool = True,
+    ):
+        self.out = Path(out)
+        self.blocks = blocks
+        self.overwrite = overwrite
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.identity_file = self.out.with_name(self.out.name + ".partial.json")
+        self.side_folder = self.out.with_name(self.out.name + ".side.partial")
+        self.lead = lead
+        if not lead:
+            return
+        begin(self.out, overwrite)
+        self.state = json.loads(json.dumps(run)) | {"log": [], "shards": []}
+        if not resume:
+            self._forget()
+        if self.identity_file.is_file() and any(self.partial.glob("model-*.safetensors")):
+            before = read_state(self.identity_file)
+            begun = {part: v for part, v in before.items() if part not in ("log", "shards")}
+            refuse_other_run(self.partial, begun, run)
+            self.state = self._checked(before)
+        else:
+            self._forget()
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._write_state()
+        self.partial.mkdir(parents=True, exist_ok=True)
+        # Half-written files, under our names or the safetensors library's, and what finish() makes.
+        shards = {self.shard(1 + index) for index in range(self.finished)}
+        for leftover in set(self.partial.iterdir()) - shards:
+            remove(leftover)
+
+    def _checked(self, state: dict) -> dict:
+        """``state`` up to the first block that is not on the disk as it was written."""
+        good, log, marks = 0, state.get("log"), state.get("shards")
+        if not (isinstance(log, list) and isinstance(marks, list)):
+            return state | {"log": [], "shards": []}
+        for _, marked in zip(log[: self.blocks], marks, strict=False):
+            paths = (self.shard(1 + good), self._side_part(good))
+            if marked != [mark(path) for path in paths]:
+                distributed.say(f"{paths[0]} is not whole; it is made again")
+                break
+            good += 1
+        return state | {"log": log[:good], "shards": marks[:good]}
+
+    def _forget(self) -> None:
+        self.identity_file.unlink(missing_ok=True)
+        for folder in (self.partial, self.side_folder):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+
+    @contextmanager
+    def begun(self):
+        """Around the blocks: an error before the first is finished leaves nothing behind."""
+        try:
+            yield
+        except BaseException:
+            if self.lead and not self.finished:
+                self._forget()
+                locks.release(self.out)
+            raise
+
+    def _write_state(self) -> None:
+        paths.write_text(self.identity_file, json.dumps(self.state, indent=1))
+
+    def shard(self, index: int) -> Path:
+        """File of shard ``index``: 0 is what lies outside the blocks, 1 + i is block i."""
+        return self.partial / f"model-{index + 1:05d}-of-{self.blocks + 1:05d}.safetensors"
+
+    @property
+    def finished(self) -> int:
+        """How many blocks, counted from the first, are on disk; 0 where rank 0 knows."""
+        return len(self.state["shards"]) if self.lead else 0
+
+    def write_block(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        rows: list[dict],
+        side: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Store block ``index``; ``rows`` are its lines of the log (deterministic values only),
+        ``side`` what :meth:`finish` collects from all blocks."""
+        # Not in the shard's metadata: the library writes two keys in an order of its own choice,
+        # and results would differ from run to run.
+        shard, part = self.shard(1 + index), self._side_part(index)
+        part.unlink(missing_ok=True)
+        if side:
+            self.side_folder.mkdir(exist_ok=True)
+            save_tensors(part, side)
+        save_tensors(shard, tensors)
+        # Last, because this is what makes a block count as finished.
+        self.state["log"][index:] = [rows]
+        self.state["shards"][index:] = [[mark(shard), mark(part)]]
+        self._write_state()
+
+    def _side_part(self, index: int) -> Path:
+        return self.side_folder / f"{index + 1:05d}.safetensors"
+
+    def read_block(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+        """Physical tensors and log rows of a finished block."""
+        with safe_open(self.shard(1 + index), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, read_state(self.identity_file)["log"][index]
+
+    def finish(
+        self,
+        outer: dict[str, torch.Tensor],
+        config: dict,
+        texts: dict[str, str],
+        side: tuple[str, dict[str, str]] | None = None,
+    ) -> Path:
+        """Write the rest and rename the folder to its final name.
+
+        Args:
+            outer: tensors outside the blocks.
+            config: the whole of config.json.
+            texts: further files by name (model card, recipe, log).
+            side: name and metadata of the file that takes the blocks' side tensors.
+        """
+        save_tensors(self.shard(0), outer)
+        weight_map, total = {}, 0
+        for index in range(self.blocks + 1):
+            path = self.shard(index)
+            with safe_open(path, framework="pt") as file:
+                weight_map.update(dict.fromkeys(file.keys(), path.name))
+            total += tensor_bytes(path)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        paths.write_text(self.partial / "model.safetensors.index.json", json.dumps(index, indent=1))
+        paths.write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
+        for name, text in texts.items():
+            paths.write_text(self.partial / name, text)
+        if side:
+            name, note = side
+            parts = (self._side_part(index) for index in range(self.blocks))
+            tensors = {n: t for part in parts if part.is_file() for n, t in load_file(part).items()}
+            save_tensors(self.partial / name, tensors, note)
+        replaced = put_in_place(self.partial, self.out, self.overwrite)
+        self.identity_file.unlink(missing_ok=True)
+        shutil.rmtree(self.side_folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        locks.release(self.out)
+        return self.out
+
+
+def config_for(folder: Path, dtype: torch.dtype, quantization: dict | None, conv1d: bool) -> dict:
+    """The source's config.json with dtype and quantization_config of the result."""
+    config = paths.read_json(folder / "config.json")
+    config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if quantization:
+        config["quantization_config"] = quantization
+    config.pop("harness_conv1d", None)
+    if quantization and conv1d and quantization != bitmask.CONFIG:
+        config["harness_conv1d"] = True
+    return config
+
+
+def decode_block(
+    tensors: dict[str, torch.Tensor],
+    layout: str,
+    quantization: dict | None,
+    stored: torch.dtype,
+    conv1d: bool,
+) -> dict[str, torch.Tensor]:
+    """Logical tensors of a block of a checkpoint in ``stored``: packed linears unpacked, in it."""
+    packed, plain = formats.split_names(tensors, layout)
+    logical = {name: tensors[name] for name in plain}
+    for name in packed:
+        logical[f"{name}.weight"] = formats.matrix(
+            tensors, name, layout, quantization, stored, stored, conv1d
+        )
+    return logical

@@ -1,0 +1,1 @@
+"""Texts, instruction sets and questions as tokens."""

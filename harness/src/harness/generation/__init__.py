@@ -1,0 +1,1 @@
+"""Responses to prompts, in transformers or in vLLM."""

@@ -1,0 +1,171 @@
+"""A file of responses: written by any number of ranks, and whole after a kill.
+
+While a run is under way ``OUT.partial/`` holds what each rank has, a line a response, and
+``OUT.partial.json`` says what run it is. At the end the responses are written in the order of the
+prompts, beside and renamed.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from harness import distributed, locks, paths
+from harness.checkpoint import runs
+from harness.errors import UserError
+from harness.generation import responses
+
+
+class Said(NamedTuple):
+    """A response: its text, its tokens without the end token, and whether it came to an end before
+    the limit did."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def claim(out: Path, overwrite: bool, dry_run: bool = False) -> None:
+    """Check and hold the file ``out``, before any work and on every rank; a dry run holds nothing.
+
+    Raises:
+        UserError: ``out`` may not be made, or another process is making it.
+    """
+    paths.check_new(out, overwrite or dry_run)
+    if not dry_run:
+        distributed.lead(lambda: locks.hold(out))
+
+
+def identity(source: Path, settings: dict, texts: list[str]) -> dict:
+    """What a resumed run must have in common with the interrupted one: the model at ``source``,
+    ``settings`` and the prompts, beside versions."""
+    asked = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()[:16]
+    return runs.fingerprint(source, None, settings) | {"prompts": asked}
+
+
+def write(
+    out: Path,
+    start: Callable[[], responses.Ask],
+    tokenizer,
+    prompts: list[list[int]],
+    groups: list[list[int]],
+    limit: int,
+    row: Callable[[int, Said], dict],
+    *,
+    run: dict,
+    seed: int,
+    resume: bool,
+) -> list[Said]:
+    """Ask for a response to every prompt and write them to ``out``, on every rank.
+
+    Args:
+        start: makes the engine; not called where nothing is left to ask.
+        prompts: token ids. groups: their indices, in batches.
+        limit: tokens of a response, at most.
+        row: what stands in the file for a prompt's index and its response.
+        run: :func:`identity`; an interrupted run goes on only as the same.
+
+    Returns:
+        All responses, in the order of the prompts.
+
+    Raises:
+        UserError: ``out`` was begun by another run, or the GPU's memory does not suffice.
+    """
+    partial = out.with_name(out.name + ".partial")
+    file = out.with_name(out.name + ".partial.json")
+    done = distributed.lead(lambda: _open(out, partial, file, run, resume))
+    if done:
+        distributed.say(f"resuming: {len(done)} responses are there")
+    rest = [group for group in groups if not done.issuperset(group)]
+    if rest:
+        mine = partial / f"rank-{distributed.rank()}.jsonl"
+        with _nothing_left(out, partial, file), mine.open("w") as lines:
+            ask = start()
+            try:
+                for group, said in responses.respond(ask, prompts, seed, rest, "responses"):
+                    asked = [prompts[index] for index in group]
+                    read = continuations(tokenizer, asked, said)
+                    for index, text, ids in zip(group, read, said, strict=True):
+                        lines.write(json.dumps([index, text, len(ids), len(ids) < limit]) + "\n")
+                    lines.flush()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"out of GPU memory with {max(map(len, groups))} prompts at a time; the same "
+                    "command with a smaller --batch-size goes on from here."
+                ) from error
+        distributed.sum_number(0.0)  # every rank has written
+    return distributed.lead(lambda: _finish(partial, file, len(prompts), row, out))
+
+
+@contextmanager
+def _nothing_left(out: Path, partial: Path, file: Path):
+    """An error before the first response leaves nothing to go on from."""
+    try:
+        yield
+    except BaseException:
+        if distributed.rank() == 0 and not _rows(partial):
+            _forget(partial, file)
+            locks.release(out)
+        raise
+
+
+def _forget(partial: Path, file: Path) -> None:
+    file.unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def continuations(tokenizer, prompts: list[list[int]], said: list[list[int]]) -> list[str]:
+    """The text that each of ``said`` adds to its prompt's. A tokenizer that marks where words begin
+    would drop the first space from a response that is read alone."""
+    both = [prompt + ids for prompt, ids in zip(prompts, said, strict=True)]
+    heads, wholes, alone = (
+        tokenizer.batch_decode(some, skip_special_tokens=True) for some in (prompts, both, said)
+    )
+    rows = zip(heads, wholes, alone, strict=True)
+    return [whole[len(h) :] if whole.startswith(h) else other for h, whole, other in rows]
+
+
+def _rows(partial: Path) -> dict[int, Said]:
+    """Index -> response of all that are there; a line that was cut off is not one."""
+    found = {}
+    for path in partial.glob("*.jsonl"):
+        for line in path.read_bytes().splitlines():
+            try:
+                index, text, tokens, ended = json.loads(line)
+            except (ValueError, TypeError):
+                continue
+            kinds = (int, str, int, bool)
+            if all(map(isinstance, (index, text, tokens, ended), kinds)) and index >= 0:
+                found[index] = Said(text, tokens, ended)
+    return found
+
+
+def _open(out: Path, partial: Path, file: Path, run: dict, resume: bool) -> set[int]:
+    """Make or take up the folder; which responses are there."""
+    locks.hold(out)
+    rows = _rows(partial) if resume and file.is_file() else {}
+    if rows:
+        runs.refuse_other_run(partial, runs.read_state(file), run)
+    # One file of what all ranks had: the next run may have other ranks.
+    kept = partial / "kept.jsonl"
+    partial.mkdir(parents=True, exist_ok=True)
+    paths.write_text(kept, "".join(json.dumps([i, *said]) + "\n" for i, said in rows.items()))
+    for path in partial.glob("rank-*.jsonl"):
+        path.unlink()
+    paths.write_text(file, json.dumps(run, indent=1))
+    return set(rows)
+
+
+def _finish(partial: Path, file: Path, count: int, row, out: Path) -> list[Said]:
+    found = _rows(partial)
+    said = [found[index] for index in range(count)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    paths.write_text(out, "".join(json.dumps(row(i, s)) + "\n" for i, s in enumerate(said)))
+    _forget(partial, file)
+    locks.release(out)
+    return said

@@ -1,0 +1,1 @@
+"""Row functions of next-token distributions, and their sums."""

@@ -1,0 +1,1 @@
+"""One number each, from a model and plain data."""

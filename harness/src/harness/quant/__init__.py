@@ -1,0 +1,1 @@
+"""Grids, rounding, second moments, fake quantization, masks: mathematics on tensors."""

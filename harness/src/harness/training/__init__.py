@@ -1,0 +1,1 @@
+"""Training on DeepSpeed: the loop, its looks, a teacher's cache."""

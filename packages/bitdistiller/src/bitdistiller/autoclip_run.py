@@ -1,0 +1,276 @@
+"""Asymmetric clipping on the harness's pass: a checkpoint rounded to nearest inside clipped ranges.
+
+Every stage's ranges are searched on the inputs that the already clipped and rounded part of the
+model gives it. Projections that make queries and keys keep their full range, as in the paper's
+code: their errors meet in a product, and the output of the linear alone tells too little of it.
+"""
+
+import re
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bitdistiller import clip_file, result
+from harness import distributed, locks, paths, precision
+from harness.blocks import calibration, preflight, sequential
+from harness.blocks.decoder import Decoder
+from harness.checkpoint import formats, load, runs
+from harness.checkpoint.load import window_length
+from harness.checkpoint.weights import Weights
+from harness.errors import UserError
+from harness.quant.clip_search import clamp, full_range, output_energy, search, work
+from harness.quant.grid import Grid, nearest
+from harness.quant.hessian import Hessian
+from harness.quant.normal_float import NormalFloat
+from harness.quant.normal_float import nearest as nearest_level
+
+UNCLIPPED = re.compile(r"\b[qk]_|query|key|qkv|c_attn")
+SEQLEN = 1024
+KINDS = {"int": None, "nf3": 3, "nf4": 4}
+
+
+@locks.releasing
+def clip(
+    model: str,
+    dataset: str = "pileval",
+    *,
+    out: str | Path,
+    w_bit: int | None = None,
+    q_group_size: int = 128,
+    quant_type: str = "int",
+    n_samples: int = 128,
+    seqlen: int | None = None,
+    dump_clip: str | Path | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+    bos: str = "auto",
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    command: str = "bitdistiller.clip(...)",
+) -> list[dict]:
+    """Search the ranges of all linears of ``model``'s blocks and write the checkpoint folder
+    ``out``: the weights clamped and rounded to nearest, and clip.safetensors.
+
+    Args:
+        model: folder, hub id or embedded name.
+        dataset: calibration text (named dataset, local file, embedded corpus).
+        w_bit: 2 to 8 (default 2; with NormalFloat its own 3 or 4).
+        q_group_size: columns per range, -1 for one per row.
+        quant_type: "int" (asymmetric), "nf3" or "nf4".
+        n_samples, seqlen: calibration windows and their length (default: 1,024 or the model's
+            context, if that is shorter).
+        dump_clip: a file ending in .safetensors that takes a copy of clip.safetensors.
+        format: "compressed-tensors" (default), "gptq" or "dense", the only one for NormalFloat.
+
+    Returns:
+        One row per linear: block, name, error and error_unclipped (see :func:`_update`),
+        range_kept (mean over the groups).
+
+    Raises:
+        harness.errors.UserError: anything the user can mend, in one line.
+    """
+    grid = make_grid(w_bit, q_group_size, quant_type)
+    format = _check_format(format, quant_type)
+    dump_clip = _check_dump(dump_clip, overwrite)
+    device = distributed.start(load.pick_device(device))
+    folder = load.resolve(model)
+    result.check_dense(folder)
+    decoder = open_decoder(model, folder, device, dtype)
+    decoder.ignore(ignore)
+    # Before the data, which may have to be downloaded and take minutes to tokenize.
+    preflight.check(decoder, grid, format, Path(out))
+    runs.claim(Path(out), folder, overwrite, dry_run)
+    if seqlen is None:
+        seqlen = min(SEQLEN, window_length(decoder.config))
+    windows, calibrated = calibration.draw(
+        decoder,
+        dataset,
+        nsamples=n_samples,
+        seqlen=seqlen,
+        seed=seed,
+        bos="none" if dry_run else bos,
+    )
+    method = sequential.Method(
+        "autoclip",
+        {"w_bit": grid.bits, "q_group_size": q_group_size, "quant_type": quant_type}
+        | ({"ignore": list(ignore)} if ignore else {}),
+        _update(grid, decoder, formats.scale_dtype(format, decoder.stored_dtype)),
+        lambda columns, device: GroupMoments(columns, device, grid),
+        layout=format,
+        grid=grid if isinstance(grid, Grid) else None,
+        side_file=clip_file.FILE,
+        side_note=clip_file.note(folder, grid),
+    )
+    if dry_run:
+        from harness.blocks.plan import print_plan
+
+        def side(rows: int, columns: int) -> int:
+            groups = columns // grid.columns_per_group(columns)
+            return 2 * rows * groups * decoder.stored_dtype.itemsize
+
+        print_plan(decoder, method, out, windows.numel(), partial(_cost, grid), side)
+        return []
+    rows = sequential.compress(
+        decoder, method, Path(out), base=model, windows=windows, calibration=calibrated,
+        command=command, overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+    if dump_clip:
+        distributed.lead(lambda: _copy(Path(out) / clip_file.FILE, dump_clip))
+    return rows
+
+
+def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float, float, float]:
+    """As `harness.blocks.plan.Cost`."""
+    from harness.blocks.plan import OF_WEIGHTS, paused_bytes
+
+    matrices = shapes.values()
+    moments = [i * grid.columns_per_group(i) for _, i in matrices]
+    forward = sum(tokens * o * i for o, i in matrices)
+    search = sum(work(o, i, grid) for o, i in matrices)
+    held = 4 * max(moments) + OF_WEIGHTS * max(o * i for o, i in matrices)
+    return (
+        forward,
+        tokens * sum(moments) / 2 + search,
+        3 * hidden + held + paused_bytes(shapes, tokens, item),
+    )
+
+
+def open_decoder(model: str, folder: Path, device: str, dtype: str) -> Decoder:
+    """The model in --dtype, where auto is what training takes, so that it starts from these very
+    values."""
+    stored = Weights(folder).dtype
+    if dtype == "auto":
+        computed = precision.choose_for_training(dtype, stored, device, model)
+    else:
+        computed = precision.parse(dtype)
+    return Decoder(folder, device=device, dtype=computed)
+
+
+def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | NormalFloat:
+    """The grid that these three describe; ``w_bit`` None is 2, or NormalFloat's own.
+
+    Raises:
+        UserError: they contradict one another, or there is no such grid.
+    """
+    if quant_type not in KINDS:
+        raise UserError(f"quant_type {quant_type}: expected {', '.join(KINDS)}.")
+    own = KINDS[quant_type]
+    if own is None:
+        return Grid(2 if w_bit is None else w_bit, group_size)
+    if w_bit not in (None, own):
+        raise UserError(f"{w_bit} bits: {quant_type} has {own}; leave the bits out, or give {own}.")
+    return NormalFloat(own, group_size)
+
+
+def _check_format(format: str | None, quant_type: str) -> str:
+    levels = KINDS.get(quant_type) is not None
+    format = format or ("dense" if levels else formats.FORMATS[0])
+    if format not in formats.FORMATS:
+        raise UserError(f"format {format}: expected one of {', '.join(formats.FORMATS)}.")
+    if levels and format != "dense":
+        raise UserError(f"the {format} format holds integers; {quant_type} needs --format dense.")
+    return format
+
+
+def _check_dump(path: str | Path | None, overwrite: bool) -> Path | None:
+    if path is None:
+        return None
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--dump_clip {path}: expected a name that ends in .safetensors.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another --dump_clip, or replace it: --overwrite.")
+    paths.check_place(path, "--dump_clip")
+    return path
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        paths.write(target, lambda beside: shutil.copyfile(source, beside))
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{source.parent} is complete, but {target} could not be written ({reason}); "
+            f"copy {source} there yourself."
+        ) from error
+
+
+class GroupMoments:
+    """Second moments of every group's inputs: the blocks on the diagonal of the layer's Hessian."""
+
+    def __init__(self, columns: int, device: torch.device | str, grid: Grid | NormalFloat):
+        self.width = grid.columns_per_group(columns)
+        self.groups = [Hessian(self.width, device) for _ in range(columns // self.width)]
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs [..., I] of any float dtype."""
+        for group, part in zip(self.groups, inputs.split(self.width, dim=-1), strict=True):
+            group.add(part)
+
+    def reduce(self) -> None:
+        """Sum over the ranks of the process group, if there is one."""
+        for group in self.groups:
+            group.reduce()
+
+    def mean(self) -> torch.Tensor:
+        """[G, g, g] float32; frees the running sums."""
+        return torch.stack([group.mean() for group in self.groups])
+
+
+def _update(grid: Grid | NormalFloat, decoder: Decoder, scale_dtype: torch.dtype):
+    """The method's update. Errors are relative, group by group: Σ over groups of the mean square of
+    x·(q - w) over that of x·w. Products between groups, which the moments do not tell, are left
+    out, so that this is not quite |(W - Q)X|² / |WX|²."""
+    computed, stored = decoder.dtype, decoder.stored_dtype
+    # Ranges must be numbers of both.
+    dtype = stored if precision.holds(computed, stored) else computed
+
+    def update(matrices, moments, where):
+        mean = moments.mean()
+        if not torch.isfinite(mean).all():
+            raise UserError(
+                f"{where}: the inputs of {', '.join(matrices)} hold NaN or infinite values; try "
+                "--dtype bfloat16 or float32."
+            )
+        # Training begins with what its dtype holds of the weights.
+        return {name: one(name, w.to(computed).float(), mean) for name, w in matrices.items()}
+
+    def one(name, weight, moments):
+        if UNCLIPPED.search(name):
+            low, high = full_range(weight, grid)
+            before = after = None
+        else:
+            low, high, before, after = _search(weight, moments, grid, dtype, scale_dtype)
+        clamped = clamp(weight, low, high)
+        if isinstance(grid, Grid):
+            result = nearest(clamped, grid, scale_dtype)
+            values = result.dequantize(torch.float32)
+        else:
+            result = values = nearest_level(clamped, grid, scale_dtype)
+        if before is None:
+            before = after = output_energy(values - weight, moments)
+        size = output_energy(weight, moments).sum().clamp_min(1e-30)
+        full = torch.sub(*reversed(full_range(weight, grid)))
+        kept = torch.where(full > 0, (high - low) / full, 1).mean().item()
+        note = {"error_unclipped": (before.sum() / size).item(), "range_kept": kept}
+        side = {"low": low.to(stored), "high": high.to(stored)}
+        return sequential.Update(result, (after.sum() / size).clamp_min(0).item(), note, side)
+
+    return update
+
+
+def _search(weight, moments, grid, dtype, scale_dtype):
+    """Rows are independent, but a product over fewer of them may round otherwise: they are dealt
+    out on GPUs, and on CPUs every rank searches all, for the result of one rank bit for bit."""
+    if not weight.is_cuda:
+        return search(weight, moments, grid, dtype, scale_dtype)
+    share = distributed.shares(len(weight))[distributed.rank()]
+    found = search(weight[share], moments, grid, dtype, scale_dtype)
+    return [distributed.gather_rows(part, len(weight)) for part in found]

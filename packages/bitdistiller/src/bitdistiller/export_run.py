@@ -1,0 +1,101 @@
+"""A trained result as the integers it stands for, on the harness's pass: codes are looked up."""
+
+from pathlib import Path
+
+import torch
+
+from bitdistiller import result
+from harness import locks, paths, precision
+from harness.blocks import preflight, sequential
+from harness.blocks.decoder import Decoder
+from harness.blocks.plan import print_plan
+from harness.blocks.sequential import LOG, Method, Update
+from harness.checkpoint import readers, recipe, runs
+from harness.checkpoint.weights import Weights
+from harness.errors import UserError
+
+
+@locks.releasing
+def export(
+    folder: str | Path,
+    layout: str = "compressed-tensors",
+    *,
+    out: str | Path | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    command: str = "bitdistiller.export_run.export(...)",
+) -> list[dict]:
+    """Write the result ``folder`` in ``layout`` to ``out``, and print what reads it.
+
+    Returns:
+        One row per linear with its name, weights and bytes.
+
+    Raises:
+        UserError: no result folder, changed after training, or ``layout`` cannot hold it.
+    """
+    folder = Path(folder)
+    out = Path(out or f"{folder.resolve().name}-{layout}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give one that bitdistiller.train wrote.")
+    grids = result.Grids(folder)
+    if grids.grid is None and layout != "dense":
+        raise UserError(
+            f"{folder} holds {grids.kind} values, for which {layout} has no codes; they are stored "
+            "with --format dense only."
+        )
+    decoder = Decoder(folder, dtype=Weights(folder).dtype)
+    decoder.ignore(_left_dense(folder))
+    precision.say_unused(dtype, decoder.stored_dtype)
+    preflight.check(decoder, grids.grid, layout, out)
+    if layout == "gptq":
+        _check_scales(grids)
+    runs.claim(out, folder, overwrite, dry_run)
+    settings = {"format": layout}
+    if grids.grid is not None:
+        settings |= {"bits": grids.grid.bits, "group_size": grids.grid.group_size}
+    method = Method("export", settings, _update(grids, layout), layout=layout, grid=grids.grid)
+    if dry_run:
+        print_plan(decoder, method, out, 0)
+        return []
+    rows = sequential.compress(
+        decoder, method, out, base=_base(folder), command=command, overwrite=overwrite,
+        resume=resume,
+    )  # fmt: skip
+    bits = 8 * sum(row["bytes"] for row in rows) / sum(row["weights"] for row in rows)
+    print(f"written to {out}: {bits:.2f} bits per weight of the quantized linears")
+    print(f"read by: {readers.of_folder(out, decoder.config)}")
+    return rows
+
+
+def _left_dense(folder: Path) -> list[str]:
+    """What --ignore left dense where the result was made, by its recipe: these have no grids."""
+    steps = recipe.steps(folder)
+    return steps[-1].get("settings", {}).get("ignore", []) if steps else []
+
+
+def _base(folder: Path) -> str:
+    """The dense model that the result was made from, as its own log names it."""
+    log = folder / LOG
+    return paths.read_json(log).get("base", str(folder)) if log.is_file() else str(folder)
+
+
+def _update(grids: result.Grids, layout: str):
+    def update(matrices, statistics, where):
+        if grids.grid is None:
+            return {linear: Update(values) for linear, values in matrices.items()}
+        found = {n: grids.quantized(f"{where.prefix}.{n}", w) for n, w in matrices.items()}
+        return {n: Update(matrices[n] if layout == "dense" else w) for n, w in found.items()}
+
+    return update
+
+
+def _check_scales(grids: result.Grids) -> None:
+    for name in sorted(grids.names):
+        scale, _ = grids.read(name)
+        if not torch.equal(scale.half().float(), scale.float()):
+            raise UserError(
+                f"the scales of {name} do not fit the float16 of the gptq format exactly; use "
+                "--format compressed-tensors, which stores them as they are."
+            )

@@ -1,0 +1,67 @@
+"""The examples of --data: instructions or windows of a text, trained on or held out."""
+
+from collections.abc import Callable
+
+from harness.checkpoint.load import context_length
+from harness.data import example_sets
+from harness.data.example_sets import Examples
+from harness.errors import UserError
+from harness.training import batching
+
+LONGEST = 1024
+
+
+def length(asked: int | None, config) -> int:
+    """--model_max_length, for a model with this transformers config."""
+    context = context_length(config)
+    longest = min(LONGEST, context or LONGEST) if asked is None else asked
+    if longest < 2 or (context and longest > context):
+        raise UserError(
+            f"--model_max_length {longest}: expected 2 to {context or 'any number of'} tokens, the "
+            "model's context."
+        )
+    return longest
+
+
+def read(args, tokenizer, longest: int, part: str, alone: bool = False) -> Examples:
+    """Part "train" or "validation" of the flags' data, at most ``longest`` tokens each.
+
+    Args:
+        alone: the data serves for this part alone (`harness.data.example_sets.pairs`).
+
+    Raises:
+        UserError: no such data, a row without prompt and response (with its line), nothing left.
+    """
+    training = part == "train"
+    dataset = args.data if training else args.eval_data or args.data
+    limit = args.max_train_samples if training else args.max_eval_samples
+    if example_sets.is_text(dataset):
+        return example_sets.windows(
+            tokenizer, dataset, length=longest, limit=limit, part=part, alone=alone
+        )
+    found = example_sets.sample(
+        example_sets.pairs(dataset, part, alone=alone, tokenizer=tokenizer), limit
+    )
+    if not found and not alone:
+        raise UserError(f"{dataset} is too small for a part that is held out; give --eval_data.")
+    return example_sets.examples(
+        tokenizer, found, max_length=longest, max_prompt_length=longest - 1,
+        name=f"{dataset}, {part}", whole=args.train_on_inputs,
+    )  # fmt: skip
+
+
+def collate(examples: Examples, tokenizer, per_example: bool, stored=None) -> Callable:
+    """Indices -> their micro-batch, with the rows of ``stored``, a teacher's cache, if any.
+
+    Args:
+        per_example: the loss is divided by examples, as the original does, not by labels.
+    """
+    pad = batching.pad_id(tokenizer)
+
+    def batch(indices: list[int]) -> dict:
+        made = batching.collate([examples[i] for i in indices], pad)
+        if per_example:
+            made["tokens"] = len(indices)
+        return made | (stored.rows(indices) if stored else {})
+
+    return batch
