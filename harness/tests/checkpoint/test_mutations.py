@@ -44,7 +44,9 @@ def good(tmp_path_factory):
             return {n: sequential.Update(nearest(w, grid, torch.float16))
                     for n, w in matrices.items()}  # fmt: skip
 
-        method = sequential.Method("rtn", {}, round_all, layout=layout, grid=grid)
+        method = sequential.Method(
+            "rtn", {}, [sequential.per_stage(round_all)], (), layout=layout, grid=grid
+        )
         sequential.compress(Decoder(root / "dense"), method, root / layout, base="dense")
         merge(root / layout)
     return root

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from harness import distributed, modules, precision
 from harness.checkpoint import load, names, nonuniform
@@ -120,6 +121,11 @@ class Decoder:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def has_conv1d(self) -> bool:
+        """Whether blocks hold GPT-2's Conv1D, whose weight is [in, out]."""
+        return any(isinstance(module, Conv1D) for module in self.blocks.modules())
 
     def ignore(self, patterns: Sequence[str]) -> None:
         """Leave the linears that ``patterns`` mean dense, see :func:`harness.modules.ignore`."""

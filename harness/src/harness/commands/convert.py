@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from harness import precision
-from harness.blocks import preflight, sequential
+from harness.blocks import preflight
 from harness.blocks.decoder import Decoder
+from harness.blocks.sequential import Method, Update, compress, per_stage
 from harness.checkpoint import card, load, runs
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
@@ -30,9 +31,9 @@ def convert(args) -> int:
     if args.dry_run:
         print(f"{args.model} ({before / 1e6:,.2f} MB) would be written to {out} as {args.format}")
         return 0
-    sequential.compress(
+    compress(
         decoder,
-        sequential.Method("convert", {"format": args.format}, _unchanged, layout=args.format),
+        Method("convert", {"format": args.format}, [per_stage(_unchanged)], (), layout=args.format),
         out,
         base=args.model,
         command=card.command_line(),
@@ -44,8 +45,8 @@ def convert(args) -> int:
     return 0
 
 
-def _unchanged(matrices, statistics, where):
-    return {name: sequential.Update(matrix) for name, matrix in matrices.items()}
+def _unchanged(matrices, statistics, hand):
+    return {name: Update(matrix) for name, matrix in matrices.items()}
 
 
 def _check_worth(model: str, found: sparsity.Sparsity) -> None:
