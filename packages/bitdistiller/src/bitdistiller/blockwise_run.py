@@ -6,7 +6,7 @@ Block-AP, arXiv 2407.11062, section 3.2): weights, scales and zero points togeth
                     minimise |quantized block on the quantized stream - target|²
                     both streams go on through their own block
 
-The loop stands in harness.blocks.training; here is what is trained.
+The loop stands in harness.blocks.block_training; here is what is trained.
 """
 
 import math
@@ -22,10 +22,10 @@ from torch import nn
 
 from bitdistiller import clip_file, result, student
 from harness import locks, modules
+from harness.blocks.block_training import train
 from harness.blocks.job import Job, claim, draw, open_decoder, run
 from harness.blocks.plan import activation_bytes
 from harness.blocks.sequential import BlockInHand, Method, Update
-from harness.blocks.training import train
 from harness.checkpoint import hashes, load
 from harness.errors import UserError
 from harness.modules import get_matrix
