@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import families
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
 from harness.blocks.stages import find_stages
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.errors import UserError
 from harness.quant import grid

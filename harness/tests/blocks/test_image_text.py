@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import families
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.commands.info import info
 from harness.errors import UserError

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import families
 from harness import cli
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, recipe
 from harness.commands import report
 from harness.commands.info import info

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import families
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, nonuniform, readers
 from harness.checkpoint.nonuniform import skeleton
 from harness.metrics.footprint import linear_shapes, stored_size

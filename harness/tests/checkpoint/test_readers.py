@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import families
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, readers
 from harness.commands.info import info
 from harness.errors import UserError

@@ -14,7 +14,7 @@ import families
 from harness import modules
 from harness import modules as stages_module
 from harness.blocks import decoder, sequential
-from harness.blocks.decoder import stream_logits
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.data import corpora
 from harness.metrics import footprint

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from harness import distributed
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.checkpoint.load import window_length
 from harness.data import corpora
@@ -82,7 +83,7 @@ def choose(
 
     Args:
         windows: int64 [N, T] without BOS. logits: those of some windows, as
-            :func:`harness.blocks.decoder.stream_logits` gives them.
+            :func:`harness.blocks.streams.stream_logits` gives them.
 
     Raises:
         UserError: "window", and the tokenizer has no BOS; or no such choice.

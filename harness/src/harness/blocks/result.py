@@ -81,6 +81,9 @@ def finish(decoder, method, shards: Writer, step: dict, rows, quantization, read
             # the checkpoint, where it would fill it with random weights and a warning.
             quantization["config_groups"]["group_0"]["targets"] = sorted(done)
     config = config_for(source, decoder.stored_dtype, quantization, conv1d)
+    if decoder.transform is not None:
+        for part in (config, config.get("text_config", {})):
+            part["tie_word_embeddings"] = False
     side_files.copy(source, shards.partial)
     outer = decoder.outer_tensors()
     written = sum(paths.tensor_bytes(shards.shard(1 + i)) for i in range(len(decoder)))

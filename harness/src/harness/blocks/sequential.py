@@ -60,7 +60,7 @@ class Method:
     side_note: dict[str, str] | None = None
 
 
-@torch.no_grad()  # here, because forwards that pause inside it would leave it switched off behind
+@torch.no_grad()
 def compress(
     decoder: Decoder,
     method: Method,

@@ -8,13 +8,16 @@ first what it gave on the second; ("dense",), where nothing is run again behind 
 Memory: N x T x D numbers for each stream, on the device where four times that is free there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from harness import distributed, memory
 from harness.blocks.decoder import Decoder, batches
 from harness.blocks.stages import find_stages
+from harness.checkpoint import load
+from harness.checkpoint.load import window_length
 from harness.modules import get_matrix, linears
 
 PROBE_TOKENS = 16
@@ -92,3 +95,32 @@ class Streams:
                     f"not compressed, their block never calls them: {', '.join(sorted(missed))}"
                 )
         return self._stages[shapes]
+
+
+@torch.no_grad()
+def stream_logits(
+    model: str | Path,
+    windows: torch.Tensor,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    batch_size: int | None = None,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(index of the first window, logits [B, T, V]) per batch, holding one block at a time.
+
+    Memory: one block, the hidden states of all windows [N, T, D], one batch of logits.
+    """
+    decoder = Decoder(load.resolve(model), device=device, dtype=dtype, name=model)
+    window_length(decoder.config, windows.shape[1])
+    parts = batches(windows, batch_size)
+    hidden = [decoder.embed(part) for part in parts]
+    for index in range(len(decoder)):
+        decoder.load(index)
+        for i, value in enumerate(hidden):
+            hidden[i] = decoder.forward(index, value)
+        decoder.release(index)
+    start = 0
+    for i, part in enumerate(parts):
+        yield start, decoder.logits(part, hidden[i])
+        hidden[i] = None
+        start += len(part)

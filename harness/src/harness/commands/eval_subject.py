@@ -72,7 +72,7 @@ class Subject:
 
     def stream(self, folder: Path, windows):
         """(start, logits) of the checkpoint in `folder`, a block in memory at a time."""
-        from harness.blocks.decoder import stream_logits
+        from harness.blocks.streams import stream_logits
 
         return stream_logits(folder, windows, device=self.device, dtype=self.dtype, batch_size=1)
 
