@@ -160,6 +160,13 @@ def group():
     distributed.gather()
 
 
+def on_lead(run: Callable, settings):
+    """``run(settings)`` inside :func:`group`: what it returns on rank 0, None on the others."""
+    with group():
+        result = run(settings)
+        return result if distributed.rank() == 0 else None
+
+
 @contextmanager
 def memory_knobs():
     """Inside (or in a function so decorated), a GPU out of memory is a UserError that says what
@@ -393,23 +400,23 @@ def rounded(engine, names: list[str], dtype: torch.dtype):
 
 
 @contextmanager
-def whole_weights(engine):
-    """Inside, every rank's ``engine.module`` holds its full weights, and ranks may call it as often
-    as each likes: for generation. No gradients there."""
-    if engine.zero_optimization_stage() < 3:
+def whole_weights(model: torch.nn.Module):
+    """Inside, every rank's ``model``, an engine's, holds its full weights, and ranks may call it as
+    often as each likes: for generation. No gradients there."""
+    if not any(hasattr(p, "ds_tensor") for p in model.parameters()):  # as at ZeRO-3
         with torch.no_grad():
-            yield engine.module
+            yield model
         return
     import deepspeed
 
     # ZeRO-3's hooks would give weights back after each layer, and fetch them with the other ranks.
     hooks = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(m, name, getattr(m, name)) for m in engine.module.modules() for name in hooks]
-    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+    kept = [(m, name, getattr(m, name)) for m in model.modules() for name in hooks]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(model.parameters())):
         try:
             for module, name, _ in kept:
                 setattr(module, name, OrderedDict())
-            yield engine.module
+            yield model
         finally:
             for module, name, value in kept:
                 setattr(module, name, value)
