@@ -163,7 +163,7 @@ class Settings(Weights, Data, Towards, Schedule, Engine, flags.Shared):
 
     def __post_init__(self):
         super().__post_init__()
-        bits = self.grid()[1]
+        bits = self.grid()[0]
         refuse(
             (self.model and self.model_name_or_path,
              "MODEL and --model_name_or_path: give one of the two."),
@@ -183,13 +183,14 @@ class Settings(Weights, Data, Towards, Schedule, Engine, flags.Shared):
              "--ppl_limit counts windows of --ppl; give --ppl TEXT, or leave it out."),
         )  # fmt: skip
 
-    def grid(self) -> tuple[str, int | None]:
-        """ "int", "nf3" or "nf4", and bits where they are given."""
-        return ORIGINAL_NAMES.get(self.quant_type, (self.quant_type, self.bits))
+    def grid(self) -> tuple[int | None, int, str]:
+        """Bits where they are known, columns that share a scale, and int, nf3 or nf4."""
+        kind, bits = ORIGINAL_NAMES.get(self.quant_type, (self.quant_type, self.bits))
+        return bits, self.q_group_size, kind
 
     def completed(self) -> "Settings":
         """With what follows from other flags."""
-        kind, bits = self.grid()
+        bits, _, kind = self.grid()
         model = self.model or self.model_name_or_path
         return replace(
             self,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 
-from bitdistiller import autoclip_run, clip_file, objectives, result, student, train_examples
+from bitdistiller import autoclip_run, clip_file, objectives, plan, result, student, train_examples
 from harness import distributed, modules, precision
 from harness.blocks import preflight
 from harness.blocks.decoder import Decoder
@@ -42,8 +42,7 @@ def run(settings) -> dict | None:
         UserError: anything the user can mend, in one line.
     """
     settings = settings.completed()
-    kind, bits = settings.grid()
-    grid = autoclip_run.make_grid(bits, settings.q_group_size, kind)
+    grid = autoclip_run.make_grid(*settings.grid())
     device = engine.launch(load.pick_device(settings.device))
     out, source = Path(settings.out), load.resolve(settings.model)
     config = load.load_config(source)
@@ -63,8 +62,6 @@ def run(settings) -> dict | None:
     stored_dtype = Weights(source).dtype
     dtype = precision.choose_for_training(settings.dtype, stored_dtype, device, settings.model)
     if settings.dry_run:
-        from bitdistiller import plan
-
         plan.show(settings, source, grid, training, dtype, stored_dtype)
         return None
 
@@ -82,12 +79,10 @@ def run(settings) -> dict | None:
 
     pupil = quantized(device)
     beside = student.beside_the_grids(pupil)
-    teacher = None
-    if settings.kd_loss_type != "ce" and stored is None:
-        teacher = dense(device).eval().requires_grad_(False)
-        if settings.zero < 3:
-            # At stage 3 the engine takes the student's tensors apart.
-            student.share(pupil, teacher)
+    taught = settings.kd_loss_type != "ce" and stored is None
+    teacher = dense(device).eval().requires_grad_(False) if taught else None
+    if taught and settings.zero < 3:  # at 3 the engine takes the student's tensors apart
+        student.share(pupil, teacher)
     collate = train_examples.collate(examples, tokenizer, settings.original_loss, stored)
 
     def batches(step: int) -> list[dict]:
@@ -95,39 +90,39 @@ def run(settings) -> dict | None:
 
     identity = _identity(settings, source, training, dtype, examples, look_at, stored)
     objective, beta = _objective(settings, teacher, stored, batches)
-    evaluate = _evaluate(
-        settings, look_at, tokenizer, validation.label_loss if stored else objective
-    )
 
     def finish(tensors):
-        model, side, note = result.finish(loop.put_in(quantized("cpu"), tensors))
-        if not precision.holds(dtype, stored_dtype):
-            # What was not trained has lost digits.
-            names = [*beside, *(f"{name}.weight" for name in student.find_linears(model))]
-            trained = {name: model.get_parameter(name) for name in names}
-            model = loop.put_in(loop.source_model(start or source), trained)
-        return precision.cast(model, stored_dtype), {result.FILE: (side, note)}
+        pupil = loop.put_in(quantized("cpu"), tensors)
+        return _finish(pupil, start or source, beside, dtype, stored_dtype)
 
-    shown = {
+    recorded = _record(settings) | {
         "bits": grid.bits, "learning_rate": training.learning_rate, "steps": training.steps,
         "dtype": precision.name(dtype), "model_max_length": longest,
-        "processes": distributed.world_size(),
-    }  # fmt: skip
-    step_entry = {
-        "method": "bitdistiller", "base": settings.model, "command": card.command_line(),
-        "settings": _record(settings) | shown | ({} if beta is None else {"beta": beta}),
-        "training": {
-            "dataset": settings.data, "nsamples": len(examples), "seqlen": longest,
-            "seed": settings.seed,
-        },
+        "processes": distributed.world_size(), **({} if beta is None else {"beta": beta}),
     }  # fmt: skip
     return loop.train(
         pupil.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
-        step_entry=step_entry, source=source, evaluate=evaluate,
+        step_entry=card.training_step(
+            "bitdistiller", settings, recorded, nsamples=len(examples), seqlen=longest
+        ), source=source,
+        evaluate=_evaluate(
+            settings, look_at, tokenizer, validation.label_loss if stored else objective
+        ),
         eval_steps=settings.eval_steps or max(1, len(examples) // batching.batch_size(training)),
         save_steps=settings.save_steps, stored=beside, finish=finish, resume=settings.resume,
         overwrite=settings.overwrite,
     )  # fmt: skip
+
+
+def _finish(pupil, start: Path, beside: list[str], dtype, stored_dtype):
+    """The plain model of a trained student that began as ``start``, and the file beside it."""
+    model, side, note = result.finish(pupil)
+    if not precision.holds(dtype, stored_dtype):
+        # What was not trained has lost digits.
+        names = [*beside, *(f"{name}.weight" for name in student.find_linears(model))]
+        trained = {name: model.get_parameter(name) for name in names}
+        model = loop.put_in(loop.source_model(start), trained)
+    return precision.cast(model, stored_dtype), {result.FILE: (side, note)}
 
 
 def _ranges(settings, source: Path, grid) -> student.Ranges | None:

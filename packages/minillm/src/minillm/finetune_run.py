@@ -86,21 +86,16 @@ def run(settings) -> dict | None:
         return [collate(micro) for micro in batching.deal(lengths, step, training)]
 
     every = settings.eval_interval or max(1, count // batching.batch_size(training))
-    step_entry = {
-        "method": settings.type, "base": settings.model, "command": card.command_line(),
-        "settings": _record(settings, training, dtype, longest, longest_prompt),
-        "training": {
-            "dataset": settings.data, "nsamples": len(train), "seqlen": longest,
-            "seed": settings.seed,
-        },
-    }  # fmt: skip
+    recorded = _record(settings, training, dtype, longest, longest_prompt)
     return loop.train(
         student.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
         evaluate=_look(settings, dev, tokenizer, longest - longest_prompt),
         better="higher" if settings.select == "rouge" else "lower",
         eval_steps=every, save_steps=settings.save_interval, finish=finish,
         stored=[] if finish else None, resume=settings.resume, overwrite=settings.overwrite,
-        step_entry=step_entry, source=source,
+        step_entry=card.training_step(
+            settings.type, settings, recorded, nsamples=len(train), seqlen=longest
+        ), source=source,
     )  # fmt: skip
 
 

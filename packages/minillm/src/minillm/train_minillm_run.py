@@ -79,7 +79,7 @@ def run(settings) -> dict | None:
     student, finish = models.with_lora(student, settings, stored_dtype)
     student.config.use_cache = False
     without_dropout(student)
-    run = OnPolicy(
+    on_policy = OnPolicy(
         student, teacher, columns, fused, tokenizer, batching.pad_id(tokenizer), examples, dev,
         text, objective, plan, training, longest - longest_prompt, settings.lm_coef,
         settings.kd_ratio, settings.chunk_size, settings.eval_batch_size or settings.chunk_size,
@@ -89,23 +89,17 @@ def run(settings) -> dict | None:
     identity["teacher"] = hashes.model_files(folders[1])
     identity["data"] = {"training": examples.key, "validation": dev.key}
     identity["data"] |= {"text": text.key} if text else {}
-    step_entry = {
-        "method": "minillm", "base": settings.model, "command": card.command_line(),
-        "settings": recorded,
-        "training": {
-            "dataset": settings.data, "nsamples": len(examples), "seqlen": longest,
-            "seed": settings.seed,
-        },
-    }  # fmt: skip
     # Activations are made again in train mode only.
     return loop.train(
-        student.train(settings.gradient_checkpointing), training, batches=run.batches,
-        loss_of=run.loss_of, out=out, identity=identity, evaluate=run.evaluate,
+        student.train(settings.gradient_checkpointing), training, batches=on_policy.batches,
+        loss_of=on_policy.loss_of, out=out, identity=identity, evaluate=on_policy.evaluate,
         better="higher" if settings.select == "rouge" else "lower",
         eval_steps=settings.eval_interval, save_steps=settings.save_interval,
         boundary=plan.starts_phase, finish=finish,
         stored=[] if finish else None, resume=settings.resume, overwrite=settings.overwrite,
-        step_entry=step_entry, source=source,
+        step_entry=card.training_step(
+            "minillm", settings, recorded, nsamples=len(examples), seqlen=longest
+        ), source=source,
     )  # fmt: skip
 
 
