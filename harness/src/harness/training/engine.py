@@ -201,11 +201,9 @@ def start(model: torch.nn.Module, training: Training):
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=training.betas,
-        eps=training.eps,
-    )
+        [group for group in groups if group["params"]], lr=training.learning_rate,
+        betas=training.betas, eps=training.eps,
+    )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(training, step))
     short = dtype != torch.float32
     # DeepSpeed's own optimizer for 16-bit weights without ZeRO strays from float32's way three
@@ -220,25 +218,19 @@ def start(model: torch.nn.Module, training: Training):
     config = {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": training.accumulate,
-        "gradient_clipping": training.clip,
-        "zero_optimization": zero,
+        "gradient_clipping": training.clip, "zero_optimization": zero,
         # torch's AdamW: DeepSpeed's own are compiled on first use, for minutes.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 2**31,
-    }
+    }  # fmt: skip
     if short and training.accumulate > 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     with redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            config=config,
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=config,
             dist_init_required=False,
-        )
+        )  # fmt: skip
     return engine
 
 
