@@ -149,10 +149,9 @@ def _compare_parser(commands) -> None:
         "--curve", metavar="PNG", help="draw perplexity against pruning ratio, a line per method"
     )
     parser.add_argument(
-        "--bubble",
-        metavar="PNG",
+        "--bubble", metavar="PNG",
         help="draw perplexity against decoding time, bubbles as large as the models (--speed)",
-    )
+    )  # fmt: skip
 
 
 def _generate_parser(commands) -> None:
@@ -161,19 +160,13 @@ def _generate_parser(commands) -> None:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders, hub ids, embedded")
     parser.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
+        "--prompt", action="append", metavar="TEXT",
         help="may be given several times (default: three functions of the stdlib corpus)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--max-new-tokens",
-        "--max_new_tokens",
-        type=int,
-        default=64,
-        metavar="N",
+        "--max-new-tokens", "--max_new_tokens", type=int, default=64, metavar="N",
         help="length of a continuation, unless the model ends it earlier (default 64)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--load", choices=["nf4", "nf4-dq", "int8"], help="quantize while loading, as in eval"
     )
@@ -186,12 +179,10 @@ def _convert_parser(commands) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or embedded name")
     parser.add_argument(
-        "--format",
-        required=True,
-        choices=["dense", "bitmask"],
+        "--format", required=True, choices=["dense", "bitmask"],
         help="bitmask: a bit per weight and the nonzero ones, read by the harness; dense: ordinary "
         "safetensors, from bitmask or packed ones too",
-    )
+    )  # fmt: skip
     add_shared_flags(parser)
 
 

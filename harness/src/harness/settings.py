@@ -7,14 +7,15 @@
 
     @dataclass(frozen=True, kw_only=True)
     class Settings(Schedule, Shared):
-        \"\"\"What a run of the command is told.\"\"\"
-        model: str = flag(REQUIRED, "folder or hub id", names=["model"], metavar="MODEL")
+        \"\"\"Train a model.\"\"\"
+        model: str = word("MODEL", "folder or hub id")
 
 A field is a flag. The fields of each base are a group in --help, headed by the base's docstring.
 """
 
 import argparse
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from math import inf
 from types import NoneType
@@ -47,14 +48,21 @@ def flag(default, help: str, *, names=(), check=None, **more):
     """A dataclass field that is a flag, of the field's name and type.
 
     Args:
-        default: REQUIRED: there is none. names: its spellings, one without hyphens is a word of its
-            own place; () derives them from the field's name. check: one of those above, or None.
+        default: REQUIRED: there is none. names: its spellings; () derives them from the field's
+            name. check: one of those above, or None.
         more: for `argparse.ArgumentParser.add_argument`.
     """
     metadata = {"help": help, "names": names, "check": check, **more}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def word(name: str, help: str, default=REQUIRED):
+    """A field that is a word of its own place, not after a flag; it may be left out where it has a
+    default."""
+    more = {} if default is REQUIRED else {"nargs": "?"}
+    return flag(default, help, names=None, metavar=name, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +75,19 @@ class Shared:
     out: str | None = flag(None, "where the result is written", metavar="PATH")
     device: str = flag("auto", "auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...")
     dtype: str = flag(
-        "auto",
-        "dtype of the computation (default auto: the one the checkpoint is stored in where the "
-        "device is fast in it, else float32); what is written keeps the checkpoint's own",
+        "auto", "dtype of the computation (default auto: the one the checkpoint is stored in where "
+        "the device is fast in it, else float32); what is written keeps the checkpoint's own",
         choices=["auto", "float32", "bfloat16", "float16"],
-    )
+    )  # fmt: skip
     seed: int = flag(0, "of every random choice (default 0)")
     resume: bool = flag(
         True, "go on from an interrupted run of the same command (default), or start again"
     )
     overwrite: bool = flag(False, "replace an existing result")
     dry_run: bool = flag(
-        False,
-        "resolve everything, print the plan and what it needs, write nothing, exit 0",
+        False, "resolve everything, print the plan and what it needs, write nothing, exit 0",
         names=["--dry-run"],
-    )
+    )  # fmt: skip
 
     def __post_init__(self):
         """Refuse values that no flag takes.
@@ -107,6 +113,16 @@ def groups(cls) -> list[tuple[str | None, list[dataclasses.Field]]]:
         if base is not object
     ]
     return [(None, list(left.values())), *bases]
+
+
+def make_parser(cls, command: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of ``python -m COMMAND``: a settings class's flags under its docstring."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {command}", description=inspect.cleandoc(cls.__doc__), epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_flags(parser, cls)
+    return parser
 
 
 def add_flags(parser: argparse.ArgumentParser, cls) -> None:
@@ -142,9 +158,18 @@ def add_flag(group, cls, field: dataclasses.Field) -> None:
 
 
 def _names(cls, field: dataclasses.Field) -> list[str]:
-    """The spellings of a flag, the one that is shown first first."""
+    """The spellings of a flag, the one that is shown first first; of a word its field's name."""
+    if field.metadata["names"] is None:
+        return [field.name]
     derived = (f"--{field.name.replace('_', separator)}" for separator in cls.SEPARATORS)
     return list(field.metadata["names"] or dict.fromkeys(derived))
+
+
+def refuse(*cases: tuple[object, str]) -> None:
+    """Raise UserError with the words of the first case that is so."""
+    for so, words in cases:
+        if so:
+            raise UserError(words)
 
 
 def record(settings: Shared, without: set[str] | tuple[str, ...]) -> dict:

@@ -75,14 +75,9 @@ def _zeros_rows(layout: str, zeros: sparsity.Sparsity, disk: int) -> list[dict]:
     saved = zeros.dense_bytes - zeros.bitmask_bytes
     other = "bitmask" if layout == "dense" else "dense"
     size = disk - saved if layout == "dense" else disk + saved
+    protocol = "of the blocks' linears; no engine here runs faster for them"
     return [
-        row(
-            "zeros %",
-            100 * zeros.share,
-            2,
-            protocol="of the blocks' linears; no engine here runs faster for them",
-            main=True,
-        ),
+        row("zeros %", 100 * zeros.share, 2, protocol=protocol, main=True),
         row(f"MB as {other}", size / 1e6, 2, protocol=f"by harness convert --format {other}"),
     ]
 
@@ -154,14 +149,9 @@ def mmlu_step(subject: Subject) -> Step:
 
     def measure():
         result = mmlu.mmlu(
-            subject.model,
-            subject.tokenizer,
-            subjects,
-            shots=shots,
-            prompt=asked.mmlu_prompt,
-            window=window,
-            batch_size=asked.batch_size or 8,
-        )
+            subject.model, subject.tokenizer, subjects, shots=shots, prompt=asked.mmlu_prompt,
+            window=window, batch_size=asked.batch_size or 8,
+        )  # fmt: skip
         protocol = f"{shots}-shot, {asked.mmlu_prompt} prompt, window {window}"
         if result["fewer_shots"]:
             protocol += f"; {result['fewer_shots']} questions with fewer shots"
@@ -177,13 +167,9 @@ def mmlu_step(subject: Subject) -> Step:
         return rows, result
 
     settings = {
-        **subject.numerics,
-        "questions": count,
-        "content": hashes.text_hash(repr(subjects)),
-        "shots": shots,
-        "prompt": asked.mmlu_prompt,
-        "window": window,
-    }
+        **subject.numerics, "questions": count, "content": hashes.text_hash(repr(subjects)),
+        "shots": shots, "prompt": asked.mmlu_prompt, "window": window,
+    }  # fmt: skip
     plan = f"{count} questions of {len(subjects)} subjects, {shots} shots"
     return Step("mmlu", settings, plan, measure, count * window)
 
@@ -203,20 +189,13 @@ def tasks_step(subject: Subject) -> Step:
         rows, firsts = [], []
         for name, result in results.items():
             first = "acc_norm" if "acc_norm" in result else "acc"
-            for metric in ("acc", "acc_norm"):
-                if metric in result:
-                    samples = f"{result['n']} questions"
-                    protocol = f"lm-eval task version {result['version']}, 0-shot"
-                    line = row(
-                        f"{name} {metric} %",
-                        100 * result[metric],
-                        2,
-                        better="higher",
-                        samples=samples,
-                        protocol=protocol,
-                        main=metric == first,
-                    )
-                    rows.append(line)
+            how = {"better": "higher", "samples": f"{result['n']} questions"}
+            how["protocol"] = f"lm-eval task version {result['version']}, 0-shot"
+            rows += [
+                row(f"{name} {metric} %", 100 * result[metric], 2, main=metric == first, **how)
+                for metric in ("acc", "acc_norm")
+                if metric in result
+            ]
             if first in result:
                 firsts.append(result[first])
         if len(firsts) > 1:
@@ -321,14 +300,9 @@ def speed_step(subject: Subject) -> Step:
         return rows, result.as_dict() | {"decode_ms_token": step_ms, "generation_s": seconds}
 
     settings = {
-        **subject.numerics,
-        "engine": asked.engine,
-        "device": subject.device,
-        "batch_size": batch,
-        "prompt": prompt,
-        "new": new,
-        "seed": asked.seed,
+        **subject.numerics, "engine": asked.engine, "device": subject.device, "batch_size": batch,
+        "prompt": prompt, "new": new, "seed": asked.seed,
         "machine": [platform.node(), platform.machine(), os.cpu_count(), torch.get_num_threads()],
-    }
+    }  # fmt: skip
     plan = f"{asked.engine}, prompt {prompt}, {new} new tokens, batch {batch}"
     return Step("speed", settings, plan, measure)
