@@ -25,6 +25,7 @@ WORDS = {
     "minillm.evaluate": ["m", "--data", "d"],
     "minillm.finetune": ["m", "--data", "d"],
     "minillm.generate": ["m", "--data", "d"],
+    "sparse.llm_pruner": ["m"],
     "sparse.magnitude": ["m"],
     "sparse.sparsegpt": ["m"],
     "sparse.wanda": ["m"],
