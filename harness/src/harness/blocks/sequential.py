@@ -115,6 +115,22 @@ def compress(
     distributed.lead(lambda: preflight.check_scales(decoder, method.grid, method.layout))
     shards = _open_shards(decoder, out, windows, identity, overwrite, resume)
 
+    rows = _every_block(decoder, method, shards, windows, quantization)
+    step = {
+        "method": method.name,
+        "base": base,
+        "command": command,
+        "settings": method.settings,
+        "calibration": calibration,
+        "dtype": precision.record(decoder.dtype, decoder.stored_dtype),
+    }
+    parts = (decoder, method, shards, step, rows, quantization, read_by)
+    distributed.lead(lambda: result.finish(*parts))
+    return rows
+
+
+def _every_block(decoder, method: Method, shards: Writer, windows, quantization) -> list[dict]:
+    """Work on every block that is not finished yet, and write it; the rows of all."""
     rows = []
     begun = time.perf_counter()
     with shards.begun():
@@ -139,17 +155,6 @@ def compress(
             decoder.release(index)
             memory.give_back()
             rows += block_rows
-
-    step = {
-        "method": method.name,
-        "base": base,
-        "command": command,
-        "settings": method.settings,
-        "calibration": calibration,
-        "dtype": precision.record(decoder.dtype, decoder.stored_dtype),
-    }
-    parts = (decoder, method, shards, step, rows, quantization, read_by)
-    distributed.lead(lambda: result.finish(*parts))
     return rows
 
 
