@@ -71,6 +71,21 @@ def test_later_acts_see_what_earlier_ones_put(source, tmp_path):
     torch.testing.assert_close(same, dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_graph_is_found_once_and_looking_changes_nothing(dtype, source, monkeypatch):
+    decoder = Decoder(source, dtype=dtype)
+    streams = Streams(decoder, WINDOWS)
+    hands = [BlockInHand(decoder, index, streams) for index in range(2)]
+    before = hands[0].forward(0)
+    graph = hands[0].graph()
+    assert [p.name.rpartition(".")[2] for p in graph] == [
+        "input_layernorm", "v_proj", "post_attention_layernorm", "up_proj"
+    ]  # fmt: skip
+    assert torch.equal(hands[0].forward(0), before)
+    monkeypatch.setattr("harness.blocks.streams.find", None)
+    assert hands[1].graph() is graph
+
+
 def test_the_dense_stream_goes_on_through_the_dense_blocks(source, tmp_path):
     """Inputs of every block are the dense model's, whatever was put before; targets are its
     outputs; and with both streams the quantized one has the changes."""

@@ -15,6 +15,7 @@ import torch
 
 from harness import distributed, memory, precision
 from harness.blocks.decoder import Decoder
+from harness.blocks.graph import Producer
 from harness.blocks.stages import PausedForwards
 from harness.blocks.streams import Streams
 from harness.checkpoint import nonuniform
@@ -140,6 +141,10 @@ class BlockInHand:
     def target(self, batch: int) -> torch.Tensor:
         """What the dense block gives on the dense stream, [B, T, D], on the device."""
         return self.streams.targets[batch].to(self.decoder.device)
+
+    def graph(self) -> list[Producer | None]:
+        """What makes every stage's input, where scales of it can be folded in (graph.py)."""
+        return self.streams.graph(self.index, self.block)
 
     def matrices(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Weights [out, in] of linears, float32: with all the digits of the checkpoint where the

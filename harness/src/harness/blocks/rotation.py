@@ -21,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.blocks.decoder import Decoder
+from harness.blocks.graph import Watch, offset_of, same
 from harness.errors import UserError
 from harness.modules import linears
 from harness.quant.orthogonal import orthogonal
@@ -113,48 +114,12 @@ def _one_of_each_shape(decoder: Decoder) -> dict[int, list[int]]:
     return {members[0]: members for members in alike.values()}
 
 
-class _Watch:
-    """What the norms and linears among ``modules`` are given and give, in one forward."""
-
-    def __init__(self, modules: dict[str, nn.Module], width: int):
-        self.linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
-        self.norms = {
-            name: module
-            for name, module in modules.items()
-            if name not in self.linears and not list(module.children())
-            and getattr(module, "weight", None) is not None
-            and module.weight.shape == (width,)
-        }  # fmt: skip
-        self.read, self.written = {}, {}
-        self.hooks = [m.register_forward_hook(self._note(n)) for n, m in modules.items()]
-
-    def _note(self, name: str):
-        def hook(_, args, output):
-            if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-                self.read[name], self.written[name] = args[0], output
-
-        return hook
-
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def fed_by(self, linear: str) -> str | None:
-        """The norm whose output ``linear`` reads."""
-        x = self.read[linear]
-        return next((n for n in self.norms if _same(self.written.get(n), x)), None)
-
-
-def _same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
-    return a is not None and a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
-
-
 def _inside(decoder: Decoder, index: int, width: int) -> tuple[dict[str, Hold], bool]:
     """Parameter name within block ``index`` -> Hold; and whether its norms subtract a mean."""
     decoder.embed(torch.zeros(1, 1, dtype=torch.long))
     block = decoder.load(index)
     hidden = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(index))
-    watch = _Watch({n: m for n, m in block.named_modules() if n}, width)
+    watch = Watch({n: m for n, m in block.named_modules() if n}, width)
     decoder.forward(index, hidden)
     watch.close()
     holds: dict[str, Hold] = {}
@@ -165,7 +130,7 @@ def _inside(decoder: Decoder, index: int, width: int) -> tuple[dict[str, Hold], 
         if name not in watch.read:
             continue
         norm = watch.fed_by(name)
-        if watch.read[name].shape[-1] == width and (norm or _same(hidden, watch.read[name])):
+        if watch.read[name].shape[-1] == width and (norm or same(hidden, watch.read[name])):
             holds |= _reader(name, turned, norm and watch.norms[norm], norm)
             subtracts |= norm is not None and _subtracts_mean(watch.norms[norm], width)
         elif _writes(decoder, index, hidden, of_linears, name):
@@ -184,7 +149,7 @@ def _outside(decoder: Decoder, ids, hidden) -> tuple[dict[str, Hold], bool]:
     start = f"{decoder.prefix}."
     modules = {n: m for n, m in decoder.model.named_modules() if n and not n.startswith(start)}
     width = hidden.shape[-1]
-    watch = _Watch(modules, width)
+    watch = Watch(modules, width)
     decoder.embed(ids)
     decoder.logits(ids, hidden)
     watch.close()
@@ -196,7 +161,7 @@ def _outside(decoder: Decoder, ids, hidden) -> tuple[dict[str, Hold], bool]:
             holds[f"{name}.weight"] = Hold(COLUMNS)
         elif name in watch.linears and name in watch.read:
             norm = watch.fed_by(name)
-            if norm or _same(hidden, watch.read[name]):
+            if norm or same(hidden, watch.read[name]):
                 holds |= _reader(name, turned, norm and watch.norms[norm], norm)
                 subtracts |= norm is not None and _subtracts_mean(watch.norms[norm], width)
             elif watch.written[name].shape[-1] == width:
@@ -209,7 +174,7 @@ def _outside(decoder: Decoder, ids, hidden) -> tuple[dict[str, Hold], bool]:
 def _reader(name: str, turned: bool, norm: nn.Module | None, norm_name: str | None) -> dict:
     if norm is None:
         return {f"{name}.weight": Hold(COLUMNS, turned)}
-    offset = _offset(norm)
+    offset = offset_of(norm)
     holds = {
         f"{name}.weight": Hold(COLUMNS, turned, norm_name, offset),
         f"{norm_name}.weight": Hold(GAIN, False, norm_name, offset),
@@ -245,20 +210,6 @@ def _subtracts_mean(norm: nn.Module, width: int) -> bool:
     x = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0))
     x = x.to(norm.weight)
     return torch.allclose(norm(x + 1), norm(x), rtol=1e-3, atol=1e-3)
-
-
-def _offset(norm: nn.Module) -> float:
-    """a, where the norm multiplies by a + weight: 1 for Gemma's, 0 for others."""
-    x = torch.linspace(-1, 2, len(norm.weight), device=norm.weight.device)[None, None]
-    saved = {name: p.data.clone() for name, p in norm.named_parameters()}
-    for parameter in norm.parameters():
-        parameter.data.zero_()
-    zero = norm(x).norm()
-    norm.weight.data.fill_(1)
-    one = norm(x).norm()
-    for name, parameter in norm.named_parameters():
-        parameter.data.copy_(saved[name])
-    return float(round((zero / (one - zero)).item()))
 
 
 def _check_gains(decoder: Decoder, holds: dict[str, Hold]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from harness import distributed, memory
 from harness.blocks.decoder import Decoder, batches
+from harness.blocks.graph import Producer, find
 from harness.blocks.stages import find_stages
 from harness.checkpoint import load
 from harness.checkpoint.load import window_length
@@ -48,6 +49,7 @@ class Streams:
         self.inputs: list[torch.Tensor] = []
         self.targets: list[torch.Tensor] | None = None
         self._stages: dict[tuple, list[list[str]]] = {}
+        self._graphs: dict[tuple, list[Producer | None]] = {}
         self._probe = None
         if windows is None or not kinds:
             return
@@ -83,7 +85,7 @@ class Streams:
     def stages(self, index: int, block) -> list[list[str]]:
         """Names of the loaded block's linears by the tensor that feeds them, in the order of their
         calls; each alone where no data is looked at."""
-        shapes = tuple((n, *get_matrix(m).shape) for n, m in linears(block).items())
+        shapes = _shapes(block)
         if self._probe is None:
             return [[name] for name, *_ in shapes]
         if shapes not in self._stages:
@@ -95,6 +97,22 @@ class Streams:
                     f"not compressed, their block never calls them: {', '.join(sorted(missed))}"
                 )
         return self._stages[shapes]
+
+    def graph(self, index: int, block) -> list[Producer | None]:
+        """What makes the input of each of the loaded block's :meth:`stages` (graph.py): found, and
+        proved in float32, once for all blocks of one shape."""
+        shapes = _shapes(block)
+        if shapes not in self._graphs:
+            exact = self.decoder
+            if exact.dtype != torch.float32:
+                exact = Decoder(exact.weights.folder, dtype=torch.float32, device=str(exact.device))
+                exact.load(index)
+            self._graphs[shapes] = find(exact, index, self.stages(index, block))
+        return self._graphs[shapes]
+
+
+def _shapes(block) -> tuple:
+    return tuple((name, *get_matrix(m).shape) for name, m in linears(block).items())
 
 
 @torch.no_grad()

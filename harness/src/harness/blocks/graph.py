@@ -1,0 +1,293 @@
+"""The graph of a block: what makes each stage's input, so that a scale or a shift of it can be
+folded in there and taken back in the stage's linears, which leaves the function as it is.
+
+Found from tensors, whatever the family, by running the block on one token per window, where
+attention hands its values on:
+
+- a norm, where its output is the stage's input;
+- else a linear. Every row r of its output gets a gain g_r, which is one. Channel c of the input x
+  is row r times what does not depend on it where the slope of the channels' sum is the channel
+  itself, d(Σ x)/d g_r = m x_c on every token (Euler: x_c is homogeneous in row r, of degree one; m
+  channels hold the same, as the query heads of one key do). Values behind attention are such rows,
+  what a ReLU passes, the plain half of a gated product; not what a GELU bends.
+
+What is found is proved on windows of several tokens: with random scales folded the block's output
+stays. A producer that something else reads too (a router beside experts) is refuted so.
+
+Legend: I channels of a stage's input; R rows of its producer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.blocks.decoder import Decoder
+from harness.modules import get_matrix, is_linear, set_matrix
+
+WINDOWS, TOKENS = 12, 16
+EXACT = 1e-5  # of a channel's largest value: float32
+PROVED = 1e-4  # of what the block adds
+
+
+@dataclass(frozen=True)
+class Producer:
+    """What makes a stage's input.
+
+    Attributes:
+        kind: "norm" or "linear". name: its module within the block.
+        rows: int64 [I], the row behind every channel, -1 behind those that were never seen to be
+            other than zero; None for a norm.
+        offset: the gain is offset + weight (1 for Gemma's norms).
+        takes_shift: whether what is added to its bias arrives in the input as it is.
+    """
+
+    kind: str
+    name: str
+    rows: torch.Tensor | None = None
+    offset: float = 0.0
+    takes_shift: bool = False
+
+
+class Watch:
+    """What ``modules`` read and write in forwards, and which of them are norms of ``width``."""
+
+    def __init__(self, modules: dict[str, nn.Module], width: int):
+        self.linears = {n: m for n, m in modules.items() if is_linear(m)}
+        self.norms = {
+            name: module
+            for name, module in modules.items()
+            if name not in self.linears and not list(module.children())
+            and getattr(module, "weight", None) is not None and module.weight.shape == (width,)
+        }  # fmt: skip
+        self.read: dict[str, torch.Tensor] = {}
+        self.written: dict[str, torch.Tensor] = {}
+        self.hooks = [m.register_forward_hook(self._note(n)) for n, m in modules.items()]
+
+    def _note(self, name: str):
+        def hook(_, args, output):
+            if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
+                self.read[name], self.written[name] = args[0], output
+
+        return hook
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def fed_by(self, linear: str) -> str | None:
+        """The norm whose output ``linear`` reads."""
+        x = self.read[linear]
+        return next((n for n in self.norms if same(self.written.get(n), x)), None)
+
+
+def find(decoder: Decoder, index: int, stages: list[list[str]]) -> list[Producer | None]:
+    """The proved producer of every stage of block ``index``, or None.
+
+    Args:
+        decoder: computing in float32, the block loaded; its tensors are afterwards as before.
+        stages: names of linears by the tensor that feeds them, in the order of their calls.
+    """
+    decoder.embed(torch.zeros(WINDOWS, 1, dtype=torch.long))
+    width = decoder.config.get_text_config().hidden_size
+    hidden = _random(WINDOWS, 1, width).to(decoder.device)
+    graph = [_producer(decoder, index, hidden, stages, number) for number in range(len(stages))]
+    changes = prove(decoder, index, stages, graph)
+    return [
+        None if found is None or change > PROVED else _with_shift(decoder, index, names, found)
+        for names, found, change in zip(stages, graph, changes, strict=True)
+    ]
+
+
+@torch.no_grad()
+def fold(
+    block: nn.Module,
+    producer: Producer,
+    names: list[str],
+    scale: torch.Tensor,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Make a stage's input x into (x - shift) / scale, in place: its producer gives that, and the
+    linears ``names`` take it back. In float32, rounded once to each parameter's dtype.
+
+    Args:
+        scale: [I], positive. shift: [I]; where the producer takes one, and it and all the linears
+            have biases.
+
+    Returns:
+        [I] float32, the scale really used: one for all channels of a row, their geometric mean.
+    """
+    module = block.get_submodule(producer.name)
+    bias = getattr(module, "bias", None)
+    scale = scale.float().to(module.weight.device)
+    shift = None if shift is None else shift.float().to(scale)
+    if producer.kind == "norm":
+        by_row, by_row_shift = scale, shift
+        gain = (module.weight.float() + producer.offset) / scale
+        module.weight.copy_(gain - producer.offset)
+    else:
+        rows = len(get_matrix(module))
+        by_row = _per_row(scale.log(), producer.rows, rows).exp()
+        by_row_shift = None if shift is None else _per_row(shift, producer.rows, rows)
+        scale, shift = (
+            None if value is None else torch.where(producer.rows < 0, blank, value[producer.rows])
+            for value, blank in ((by_row, 1.0), (by_row_shift, 0.0))
+        )
+        set_matrix(module, get_matrix(module).float() / by_row[:, None])
+    if bias is not None:
+        moved = bias.float() if by_row_shift is None else bias.float() - by_row_shift
+        bias.copy_(moved / by_row)
+    for name in names:
+        reader = block.get_submodule(name)
+        matrix = get_matrix(reader).float()
+        if shift is not None:
+            reader.bias.copy_(reader.bias.float() + matrix @ shift)
+        set_matrix(reader, matrix * scale)
+    return scale
+
+
+def prove(
+    decoder: Decoder, index: int, stages: list[list[str]], graph: list[Producer | None]
+) -> list[float]:
+    """How much of what the block adds changes when random scales in [.5, 2] are folded into one
+    producer after the other; 0 where there is none. Arguments as for :func:`find`."""
+    return [
+        0.0 if found is None else _change(decoder, index, names, found)
+        for names, found in zip(stages, graph, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _change(decoder: Decoder, index: int, names, producer: Producer, shifts=False) -> float:
+    block = decoder.blocks[index]
+    decoder.embed(torch.zeros(2, TOKENS, dtype=torch.long))
+    hidden = _random(2, TOKENS, decoder.config.get_text_config().hidden_size).to(decoder.device)
+    before = decoder.forward(index, hidden)
+    saved = {name: p.data.clone() for name, p in block.named_parameters()}
+    width = get_matrix(block.get_submodule(names[0])).shape[1]
+    scale = 0.5 + 1.5 * _uniform(width)
+    fold(block, producer, names, scale, _random(width) if shifts else None)
+    after = decoder.forward(index, hidden)
+    for name, parameter in block.named_parameters():
+        parameter.data.copy_(saved[name])
+    return ((after - before).norm() / (before - hidden).norm()).item()
+
+
+def _with_shift(decoder: Decoder, index: int, names, producer: Producer) -> Producer:
+    block = decoder.blocks[index]
+    readers = [block.get_submodule(name) for name in names]
+    biases = [getattr(m, "bias", None) for m in (block.get_submodule(producer.name), *readers)]
+    takes = all(b is not None for b in biases)
+    takes = takes and _change(decoder, index, names, producer, shifts=True) < PROVED
+    return Producer(producer.kind, producer.name, producer.rows, producer.offset, takes)
+
+
+def _producer(decoder, index, hidden, stages, number) -> Producer | None:
+    block = decoder.blocks[index]
+    width = get_matrix(block.get_submodule(stages[number][0])).shape[1]
+    watch = Watch({n: m for n, m in block.named_modules() if n}, width)
+    with torch.no_grad():
+        decoder.forward(index, hidden)
+    watch.close()
+    first = stages[number][0]
+    if norm := watch.fed_by(first):
+        return Producer("norm", norm, offset=offset_of(watch.norms[norm]))
+    x = watch.read[first].reshape(-1, width)
+    for name in (n for names in stages[:number] for n in names):
+        slopes = _slopes(decoder, index, hidden, first, name)
+        rows = None if slopes is None else _rows(x, slopes)
+        if rows is not None:
+            return Producer("linear", name, rows)
+    return None
+
+
+class _Reached(Exception):
+    pass
+
+
+def _slopes(decoder, index, hidden, reader: str, name: str) -> torch.Tensor | None:
+    """d(Σ over channels of what ``reader`` reads) / d(gain of every row of ``name``), [N, R]; None
+    where the one does not depend on the other."""
+    block = decoder.blocks[index]
+    rows = len(get_matrix(block.get_submodule(name)))
+    gains = torch.ones(len(hidden), rows, device=hidden.device, requires_grad=True)
+    read = {}
+
+    def scale(_, args, output):
+        return (output.reshape(-1, rows) * gains).reshape(output.shape)
+
+    def stop(_, args):
+        read["x"] = args[0]
+        raise _Reached
+
+    hooks = [
+        block.get_submodule(name).register_forward_hook(scale),
+        block.get_submodule(reader).register_forward_pre_hook(stop),
+    ]
+    decoder.differentiable = True
+    try:
+        with torch.enable_grad():
+            decoder.forward(index, hidden)
+    except _Reached:
+        pass
+    finally:
+        decoder.differentiable = False
+        for hook in hooks:
+            hook.remove()
+    if not read["x"].requires_grad:
+        return None
+    return torch.autograd.grad(read["x"].sum(), gains, allow_unused=True)[0]
+
+
+def _rows(x: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor | None:
+    """The row [I] behind every channel of x [N, I], from slopes [N, R]; None where one has none."""
+    x, slopes = x.double(), slopes.double()
+    distinct, which, count = torch.unique(x, dim=1, return_inverse=True, return_counts=True)
+    wanted = distinct * count
+    weights = torch.linspace(0.3, 1.7, len(x), dtype=x.dtype, device=x.device)
+    keys, order = (weights @ slopes).sort()
+    place = torch.searchsorted(keys, weights @ wanted).clamp(1, len(keys) - 1)
+    rows = torch.full_like(place, -1)
+    largest = wanted.abs().amax(0)
+    for candidate in (place - 1, place):
+        row = order[candidate]
+        fits = (slopes[:, row] - wanted).abs().amax(0) <= EXACT * largest
+        rows[fits & (largest > 0)] = row[fits & (largest > 0)]
+    if ((rows < 0) & (largest > 0)).any() or not (largest > 0).any():
+        return None
+    return rows[which]
+
+
+def _per_row(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The mean of [I] values over the channels of each row, [R]; 0 for a row without any."""
+    seen = rows >= 0
+    sums = torch.zeros(count, device=values.device).index_add_(0, rows[seen], values[seen])
+    return sums / torch.bincount(rows[seen], minlength=count).clamp(min=1)
+
+
+@torch.no_grad()
+def offset_of(norm: nn.Module) -> float:
+    """a, where the norm multiplies by a + weight: 1 for Gemma's, 0 for others."""
+    x = torch.linspace(-1, 2, len(norm.weight), device=norm.weight.device)[None, None]
+    saved = {name: p.data.clone() for name, p in norm.named_parameters()}
+    for parameter in norm.parameters():
+        parameter.data.zero_()
+    zero = norm(x).norm()
+    norm.weight.data.fill_(1)
+    one = norm(x).norm()
+    for name, parameter in norm.named_parameters():
+        parameter.data.copy_(saved[name])
+    return float(round((zero / (one - zero)).item()))
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order, whatever their shapes."""
+    return a is not None and a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _uniform(count: int) -> torch.Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(1))
