@@ -19,14 +19,13 @@ from harness.blocks.block_pass import BlockPass, Method, Update, Where
 from harness.blocks.decoder import Decoder
 from harness.checkpoint import card, quantconfig, readers, runs, side_files
 from harness.checkpoint.load import window_length
+from harness.checkpoint.runs import LOG
 from harness.checkpoint.shards import Writer, config_for
 from harness.data import corpora
 from harness.modules import linears
 from harness.progress import track
 
 __all__ = ["LOG", "Method", "Update", "Where", "compress"]
-
-LOG = "compression_log.json"
 
 
 @torch.no_grad()  # here, because forwards that pause inside it would leave it switched off behind
@@ -89,7 +88,7 @@ def compress(
     shards = _open_shards(decoder, out, windows, identity, overwrite, resume)
 
     rows = []
-    with shards.begun():
+    with shards.run.nothing_left():
         blocks = block_pass(decoder, method, windows, conv1d, quantization)
         finished = distributed.broadcast_object(shards.finished)
         if finished:
@@ -173,7 +172,7 @@ def _finish(decoder, method, shards, step, rows, conv1d, quantization, read_by) 
     texts = {
         "recipe.yaml": card.recipe(source, step),
         "README.md": card.model_card(step["base"], step, method.layout, sizes, read_by),
-        LOG: json.dumps({**step, "layers": rows}, indent=1) + "\n",
+        LOG: json.dumps({**step, **shards.run.made_by, "layers": rows}, indent=1) + "\n",
     }
     side = (method.side_file, method.side_note) if method.side_file else None
     shards.finish(outer, config, texts, side)

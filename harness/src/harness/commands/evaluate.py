@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from harness import distributed, locks, paths, precision
-from harness.checkpoint import card, recipe
+from harness import distributed, paths, precision
+from harness.checkpoint import card, recipe, runs
 from harness.commands import report
 from harness.commands.eval_steps import (
     Step,
@@ -42,7 +42,7 @@ def evaluate(args) -> int:
     path = results_path(args, subject.folder, name)
     paths.check_place(path)
     if not args.dry_run:
-        locks.hold(path)
+        runs.RunFolder(path, kind=None).hold()
     results = open_results(path, name, subject.folder, args.overwrite)
     steps = plan(subject)
     if args.dry_run:

@@ -5,6 +5,7 @@ model gives it. Projections that make queries and keys keep their full range, as
 code: their errors meet in a product, and the output of the linear alone tells too little of it.
 """
 
+import filecmp
 import re
 import shutil
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from harness.blocks.decoder import Decoder
 from harness.checkpoint import formats, load, runs
 from harness.checkpoint.load import window_length
 from harness.checkpoint.weights import Weights
-from harness.errors import UserError
+from harness.errors import Finished, UserError
 from harness.quant.clip_search import clamp, full_range, output_energy, search, work
 from harness.quant.grid import Grid, nearest
 from harness.quant.hessian import Hessian
@@ -78,7 +79,7 @@ def clip(
     """
     grid = make_grid(w_bit, q_group_size, quant_type)
     format = _check_format(format, quant_type)
-    dump_clip = _check_dump(dump_clip, overwrite)
+    dump_clip = _check_dump(dump_clip, Path(out), overwrite)
     device = distributed.start(load.pick_device(device))
     folder = load.resolve(model)
     result.check_dense(folder)
@@ -117,12 +118,15 @@ def clip(
 
         print_plan(decoder, method, out, windows.numel(), partial(_cost, grid), side)
         return []
-    rows = sequential.compress(
-        decoder, method, Path(out), base=model, windows=windows, calibration=calibrated,
-        command=command, overwrite=overwrite, resume=resume,
-    )  # fmt: skip
-    if dump_clip:
-        distributed.lead(lambda: _copy(Path(out) / clip_file.FILE, dump_clip))
+    try:
+        rows = sequential.compress(
+            decoder, method, Path(out), base=model, windows=windows, calibration=calibrated,
+            command=command, overwrite=overwrite, resume=resume,
+        )  # fmt: skip
+    except Finished:
+        _dump(Path(out), dump_clip)  # the run that finished may have been killed before it
+        raise
+    _dump(Path(out), dump_clip)
     return rows
 
 
@@ -179,16 +183,23 @@ def _check_format(format: str | None, quant_type: str) -> str:
     return format
 
 
-def _check_dump(path: str | Path | None, overwrite: bool) -> Path | None:
+def _check_dump(path: str | Path | None, out: Path, overwrite: bool) -> Path | None:
     if path is None:
         return None
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"--dump_clip {path}: expected a name that ends in .safetensors.")
-    if path.exists() and not overwrite:
+    ours = out / clip_file.FILE  # of a run that is finished already
+    same = ours.is_file() and path.is_file() and filecmp.cmp(ours, path, shallow=False)
+    if path.exists() and not (overwrite or same):
         raise UserError(f"{path} exists; choose another --dump_clip, or replace it: --overwrite.")
     paths.check_place(path, "--dump_clip")
     return path
+
+
+def _dump(out: Path, target: Path | None) -> None:
+    if target:
+        distributed.lead(lambda: _copy(out / clip_file.FILE, target))
 
 
 def _copy(source: Path, target: Path) -> None:

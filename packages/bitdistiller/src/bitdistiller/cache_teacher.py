@@ -83,7 +83,8 @@ def cache(args) -> dict | None:
         examples, out, teacher=args.model, source=source, data=args.data,
         settings={"dtype": precision.name(dtype)}, top_k=args.topk,
         vocabulary=config.get_text_config().vocab_size, batch=args.batch_size,
-        pad=batching.pad_id(tokenizer), resume=args.resume, dry_run=args.dry_run,
+        pad=batching.pad_id(tokenizer), overwrite=args.overwrite,
+        resume=args.resume, dry_run=args.dry_run,
     )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from harness import locks, paths, precision
 from harness.blocks import preflight, sequential
 from harness.blocks.decoder import Decoder
 from harness.blocks.plan import print_plan
-from harness.blocks.sequential import LOG, Method, Update
+from harness.blocks.sequential import Method, Update
 from harness.checkpoint import readers, recipe, runs
+from harness.checkpoint.runs import LOG
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 

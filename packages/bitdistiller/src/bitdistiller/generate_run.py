@@ -73,6 +73,7 @@ def generate(args) -> str | None:
             "prompt": texts[i], "response": said.text, "dataset": labels[i], "ended": said.ended
         },
         run=response_file.identity(source, settings, texts), seed=args.seed, resume=args.resume,
+        overwrite=args.overwrite,
     )  # fmt: skip
     rows = [
         (text, one.text, label, one.ended)

@@ -50,5 +50,6 @@ def cache(args) -> dict | None:
         teacher, examples, out, teacher=args.model, source=source, data=args.data,
         settings={"dtype": precision.name(dtype), "teacher_peft_path": args.teacher_peft_path},
         top_k=args.topk, vocabulary=vocabulary, batch=args.batch_size,
-        pad=batching.pad_id(tokenizer), resume=args.resume, dry_run=args.dry_run,
+        pad=batching.pad_id(tokenizer), overwrite=args.overwrite,
+        resume=args.resume, dry_run=args.dry_run,
     )  # fmt: skip

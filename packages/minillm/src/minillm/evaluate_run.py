@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import torch.distributed as dist
 
 import harness.commands.evaluate
-from harness import distributed, locks, paths, precision
-from harness.checkpoint import card, load
+from harness import distributed, paths, precision
+from harness.checkpoint import card, load, runs
 from harness.checkpoint.weights import Weights
 from harness.commands import report
 from harness.errors import UserError
@@ -59,7 +59,7 @@ def evaluate(args) -> tuple[dict, Path] | None:
     path = harness.commands.evaluate.results_path(where, source, named)
     paths.check_place(path)
     if not args.dry_run:
-        distributed.lead(lambda: locks.hold(path))
+        distributed.lead(runs.RunFolder(path, kind=None).hold)
     results = distributed.lead(
         lambda: harness.commands.evaluate.open_results(path, named, source, args.overwrite)
     )

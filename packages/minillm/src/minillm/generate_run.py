@@ -52,6 +52,7 @@ def generate(args) -> dict[str, int] | None:
         tokenizer, prompts, groups, sampling.new_tokens,
         lambda index, said: {"prompt": texts[index], "response": said.text},
         run=response_file.identity(source, settings, texts), seed=args.seed, resume=args.resume,
+        overwrite=args.overwrite,
     )  # fmt: skip
     return {
         "responses": len(said),
