@@ -80,10 +80,8 @@ def run_ours(folder: Path, out: Path, args) -> None:
     decoder = Decoder(folder, device=args.device, dtype=dtype_of(args))
     dtypes = {"dtype": decoder.stored_dtype, "scale_dtype": decoder.stored_dtype}
     update = _gptq_update(grid, dtypes, 0.01, False, False)
-    method = sequential.Method(
-        "gptq", {}, update, statistics=Hessian, true_sequential=args.run == "ours",
-        layout="compressed-tensors", grid=grid,
-    )  # fmt: skip
+    act = sequential.per_stage(update, Hessian, args.run == "ours")
+    method = sequential.Method("gptq", {}, [act], layout="compressed-tensors", grid=grid)
     sequential.compress(decoder, method, out, base=str(folder), windows=windows_of(args))
     if args.device == "cuda":
         torch.cuda.synchronize()

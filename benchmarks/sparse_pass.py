@@ -79,7 +79,9 @@ def run_ours(folder: Path, out: Path, args) -> None:
             goal, decoder.stored_dtype, percdamp=DAMPING, blocksize=BLOCK, grid=None,
             scale_dtype=decoder.stored_dtype,
         )  # fmt: skip
-    method = sequential.Method(args.run, {}, update, statistics, true_sequential="true" in args.run)
+    method = sequential.Method(
+        args.run, {}, [sequential.per_stage(update, statistics, true_sequential="true" in args.run)]
+    )
     windows = gptq_pass.windows_of(args)
     sequential.compress(decoder, method, out, base=str(folder), windows=windows)
 

@@ -108,6 +108,32 @@ def test_module_names_tell_apart(package):
     assert not rooms & set(names)
 
 
+@pytest.mark.parametrize("package", ["harness", *METHODS])
+def test_a_namespace_stays_where_the_flags_are(package):
+    """Flags are settings or keywords once they leave the module that makes their parser."""
+    for path in modules(package).values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if names & {"parser", "build_parser", "add_flags"}:
+            continue
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for function in (node for body in (tree, *classes) for node in body.body):
+            if isinstance(function, ast.FunctionDef):
+                taken = function.args
+                for argument in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs):
+                    kind = ast.unparse(argument.annotation) if argument.annotation else ""
+                    fine = argument.arg != "args" and "Namespace" not in kind
+                    assert fine, f"{path}: {function.name} takes a Namespace"
+
+
+@pytest.mark.parametrize("package", ["harness", *METHODS])
+def test_what_a_run_leaves_is_named_in_one_place(package):
+    for name, path in modules(package).items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            spelled = isinstance(node, ast.Constant) and ".partial" in str(node.value)
+            assert not spelled or name == "harness.checkpoint.runs", f"{path}: .partial"
+
+
 # What else a method may import of another: the mathematics that it composes.
 COMPOSES = {"llmc": ("gptq", "sparse")}
 

@@ -93,7 +93,7 @@ def ended(pid) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def update(matrices, hessian, where):
+def update(matrices, hessian, hand):
     size = hessian.mean().diagonal().sqrt()
     return {
         name: sequential.Update(
@@ -108,8 +108,8 @@ def main(source, folder, times, seed, *renames):
 
     decoder.TOKENS_PER_BATCH = 48
     method = sequential.Method(
-        "packing", {}, update, Hessian, layout="compressed-tensors", grid=GRID,
-        side_file="sizes.safetensors", side_note={"note": "of the inputs"},
+        "packing", {}, [sequential.per_stage(update, Hessian)], layout="compressed-tensors",
+        grid=GRID, side_file="sizes.safetensors", side_note={"note": "of the inputs"},
     )  # fmt: skip
 
     def run(out):

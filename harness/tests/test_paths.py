@@ -31,12 +31,12 @@ time.sleep(60)
 """
 
 
-def keep(matrices, statistics, where):
+def keep(matrices, statistics, hand):
     return {name: sequential.Update(matrix) for name, matrix in matrices.items()}
 
 
 def compress(source, out, update=keep, **more):
-    method = sequential.Method("keep", {}, update)
+    method = sequential.Method("keep", {}, [sequential.per_stage(update)], ())
     return sequential.compress(Decoder(source), method, out, base="m", **more)
 
 
@@ -104,10 +104,10 @@ def test_what_is_resumed_is_checked(model, tmp_path, damage):
     """A name without its bytes, as a loss of power leaves it, is no finished block."""
     out = tmp_path / "out"
 
-    def stops(matrices, statistics, where):
-        if where.index == 2:
+    def stops(matrices, statistics, hand):
+        if hand.index == 2:
             raise KeyboardInterrupt
-        return keep(matrices, statistics, where)
+        return keep(matrices, statistics, hand)
 
     with pytest.raises(KeyboardInterrupt):
         compress(model, out, stops)

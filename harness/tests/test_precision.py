@@ -118,10 +118,12 @@ def test_what_is_written_does_not_follow_what_is_computed_in(layout, stored, mod
     source = models / precision.name(stored)
     grid, scales = Grid(4, 16, True), formats.scale_dtype(layout, stored)
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         return {n: sequential.Update(nearest(w, grid, scales)) for n, w in matrices.items()}
 
-    method = sequential.Method("nearest", {}, update, layout=layout, grid=grid)
+    method = sequential.Method(
+        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, grid=grid
+    )
     made = {}
     for computed in (stored, torch.float32):
         out = tmp_path / precision.name(computed)
@@ -157,12 +159,14 @@ def test_what_is_written_does_not_follow_what_is_computed_in(layout, stored, mod
 def test_survivors_keep_their_digits_when_fewer_are_computed_with(models, tmp_path):
     """Pruning a float32 model in bfloat16 must not round what stays."""
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         return {n: sequential.Update(w * (w.abs() > 0.05)) for n, w in matrices.items()}
 
     out, source = tmp_path / "out", models / "float32"
     decoder = Decoder(source, dtype=torch.bfloat16)
-    sequential.compress(decoder, sequential.Method("drop", {}, update), out, base="b")
+    sequential.compress(
+        decoder, sequential.Method("drop", {}, [sequential.per_stage(update)], ()), out, base="b"
+    )
     before, after = tensors_of(source), tensors_of(out)
     for name, tensor in after.items():
         assert tensor.dtype == torch.float32
@@ -191,12 +195,15 @@ def test_evaluation_records_both_dtypes_and_measures_again_when_one_changes(
 
 
 def test_a_run_that_was_begun_in_another_dtype_is_refused_with_the_way_on(models, tmp_path):
-    def failing(matrices, statistics, where):
-        if where.index:
+    def failing(matrices, statistics, hand):
+        if hand.index:
             raise KeyboardInterrupt
         return {name: sequential.Update(matrix) for name, matrix in matrices.items()}
 
-    source, method = models / "bfloat16", sequential.Method("same", {}, failing)
+    source, method = (
+        models / "bfloat16",
+        sequential.Method("same", {}, [sequential.per_stage(failing)], ()),
+    )
     with pytest.raises(KeyboardInterrupt):
         sequential.compress(
             Decoder(source, dtype=torch.bfloat16), method, tmp_path / "out", base="b"

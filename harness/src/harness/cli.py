@@ -9,9 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 
-from harness import locks, paths
+from harness import locks, paths, settings
+from harness.commands.eval_settings import EvalSettings
 from harness.errors import Finished, UserError
+from harness.settings import Shared
 
 DONE, FAULT, MENDABLE, INTERRUPTED = 0, 1, 2, 130
 FORBIDDEN = (
@@ -20,70 +23,26 @@ FORBIDDEN = (
 )  # fmt: skip
 
 
-def add_shared_flags(parser: argparse.ArgumentParser, seed: int = 0) -> None:
-    """Add the flags that mean the same in every command of the house (design section 6); ``seed``
-    is the default of --seed.
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that mean the same in every command of the house, `settings.Shared`'s."""
+    add_some(parser.add_argument_group(Shared.__doc__), *(f.name for f in fields(Shared)))
 
-    `--out` is a path or None; `--device` and `--dtype` are strings, "auto" by default;
-    `--resume` is a bool, True by default.
-    """
-    group = parser.add_argument_group("shared by all commands")
-    group.add_argument("--out", metavar="PATH", help="where the result is written")
-    add_numerics(group)
-    group.add_argument(
-        "--seed", type=int, default=seed, help=f"of every random choice (default {seed})"
-    )
-    group.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on from an interrupted run of the same command (default), or start again",
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace an existing result")
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="resolve everything, print the plan and what it needs, write nothing, exit 0",
-    )
+
+def add_some(group, *names: str) -> None:
+    """Add flags of `settings.Shared` to a parser or a group of one."""
+    for field in fields(Shared):
+        if field.name in names:
+            settings.add_flag(group, Shared, field)
 
 
 def add_ignore(group) -> None:
     """Add `--ignore` to a parser or a group of one: a list of patterns, [] by default."""
-    group.add_argument(
-        "--ignore",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="linears that stay dense, by full name or last parts (dt_proj, mlp.down_proj) or "
-        "re:REGEX; may be given again",
-    )
+    group.add_argument("--ignore", default=[], **settings.IGNORE)
 
 
 def add_bos(group) -> None:
     """Add `--bos` to a parser or a group of one."""
-    group.add_argument(
-        "--bos",
-        default="auto",
-        choices=["auto", "none", "window"],
-        help="BOS at the head of every window of text: auto (default: none, as published, unless "
-        "trying shows that the model needs it), none, window",
-    )
-
-
-def add_numerics(group) -> None:
-    """Add `--device` and `--dtype` to a parser or a group of one."""
-    group.add_argument(
-        "--device",
-        default="auto",
-        help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...",
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="dtype of the computation (default auto: the one the checkpoint is stored in where "
-        "the device is fast in it, else float32); what is written keeps the checkpoint's own",
-    )
+    group.add_argument("--bos", default="auto", **settings.BOS)
 
 
 def run(body: Callable[[], int | None]) -> int:
@@ -181,92 +140,7 @@ def _eval_parser(commands) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder, hub id or embedded name (tiny-llama)"
-    )
-    what = parser.add_argument_group("what to measure")
-    what.add_argument(
-        "--ppl",
-        nargs="*",
-        metavar="DATA",
-        help="token perplexity on named texts (wikitext2, ptb, c4, stdlib ...) or local files; "
-        "none named: stdlib",
-    )
-    what.add_argument(
-        "--choice",
-        nargs="*",
-        metavar="DATA",
-        help="multiple choice by likelihood: stdlib-quiz (default) or JSONL files of "
-        '{"question", "choices", "answer"}',
-    )
-    what.add_argument(
-        "--mmlu",
-        nargs="?",
-        const="hub",
-        metavar="PATH",
-        help="MMLU from a folder with dev/ and test/ CSV files; without PATH from the hub",
-    )
-    what.add_argument(
-        "--mmlu-prompt",
-        choices=["original", "llmcbench"],
-        default="original",
-        help="whose prompt and scoring (default original)",
-    )
-    what.add_argument(
-        "--shots", type=int, metavar="N", help="MMLU shots (default 5; llmcbench prompt: 0)"
-    )
-    what.add_argument(
-        "--tasks",
-        metavar="A,B",
-        help="zero-shot tasks of lm-evaluation-harness, e.g. piqa,hellaswag (extra: tasks)",
-    )
-    what.add_argument(
-        "--divergence-from",
-        metavar="DENSE",
-        help="KL and top-1 agreement with this model, on the first --ppl text (default stdlib)",
-    )
-    what.add_argument(
-        "--speed",
-        action="store_true",
-        help="tokens/s, time to the first token, memory, bandwidth; 512 + 128 tokens",
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--load",
-        choices=["nf4", "nf4-dq", "int8"],
-        help="quantize while loading, with bitsandbytes (nf4-dq: double quantization)",
-    )
-    how.add_argument(
-        "--seqlen",
-        type=int,
-        metavar="TOKENS",
-        help="window of perplexity and divergence (default: the model's context, at most 2048)",
-    )
-    add_bos(how)
-    how.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="at most N windows per text and N questions per set (default: all)",
-    )
-    how.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="windows or sequences per forward (default: 1 window, 8 prompts, 16 choices)",
-    )
-    how.add_argument(
-        "--engine",
-        choices=["transformers", "vllm"],
-        default="transformers",
-        help="what --speed runs on (default transformers)",
-    )
-    how.add_argument(
-        "--block-by-block",
-        action="store_true",
-        help="one block in memory at a time, for models that do not fit (--ppl, --divergence-from)",
-    )
-    add_shared_flags(parser)
+    settings.add_flags(parser, EvalSettings)
 
 
 def _compare_parser(commands) -> None:
@@ -281,10 +155,9 @@ def _compare_parser(commands) -> None:
         "--curve", metavar="PNG", help="draw perplexity against pruning ratio, a line per method"
     )
     parser.add_argument(
-        "--bubble",
-        metavar="PNG",
+        "--bubble", metavar="PNG",
         help="draw perplexity against decoding time, bubbles as large as the models (--speed)",
-    )
+    )  # fmt: skip
 
 
 def _generate_parser(commands) -> None:
@@ -293,23 +166,17 @@ def _generate_parser(commands) -> None:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders, hub ids, embedded")
     parser.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
+        "--prompt", action="append", metavar="TEXT",
         help="may be given several times (default: three functions of the stdlib corpus)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--max-new-tokens",
-        "--max_new_tokens",
-        type=int,
-        default=64,
-        metavar="N",
+        "--max-new-tokens", "--max_new_tokens", type=int, default=64, metavar="N",
         help="length of a continuation, unless the model ends it earlier (default 64)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--load", choices=["nf4", "nf4-dq", "int8"], help="quantize while loading, as in eval"
     )
-    add_numerics(parser)
+    add_some(parser, "device", "dtype")
 
 
 def _convert_parser(commands) -> None:
@@ -318,19 +185,17 @@ def _convert_parser(commands) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or embedded name")
     parser.add_argument(
-        "--format",
-        required=True,
-        choices=["dense", "bitmask"],
+        "--format", required=True, choices=["dense", "bitmask"],
         help="bitmask: a bit per weight and the nonzero ones, read by the harness; dense: ordinary "
         "safetensors, from bitmask or packed ones too",
-    )
+    )  # fmt: skip
     add_shared_flags(parser)
 
 
 def _eval(args: argparse.Namespace) -> int:
     from harness.commands.evaluate import evaluate
 
-    return evaluate(args)
+    return evaluate(EvalSettings(**vars(args)))
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -359,13 +224,20 @@ def _compare(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from harness.commands.generate import generate
 
-    return generate(args)
+    return generate(
+        args.models, args.prompt, max_new_tokens=args.max_new_tokens, load=args.load,
+        device=args.device, dtype=args.dtype,
+    )  # fmt: skip
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from harness.checkpoint import card
     from harness.commands.convert import convert
 
-    return convert(args)
+    return convert(
+        args.model, args.format, out=args.out, dtype=args.dtype, overwrite=args.overwrite,
+        resume=args.resume, dry_run=args.dry_run, command=card.command_line(),
+    )  # fmt: skip
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -385,4 +257,5 @@ def main(argv: list[str] | None = None) -> int:
         "convert": _convert,
         "info": _info,
     }
-    return run(lambda: bodies[args.command](args))
+    body = bodies[vars(args).pop("command")]
+    return run(lambda: body(args))

@@ -126,14 +126,21 @@ def test_few_tokens_are_said(model, tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_ignored_linears_stay_as_they_are(model, tmp_path, patterns, names):
-    def round_all(matrices, statistics, where):
+    def round_all(matrices, statistics, hand):
         return {n: sequential.Update(nearest(w, Grid(4, 16), torch.float32))
                 for n, w in matrices.items()}  # fmt: skip
 
     decoder = Decoder(model)
     decoder.ignore(patterns)
     full = [f"model.layers.{name}" for name in names]
-    method = sequential.Method("rtn", {}, round_all, layout="compressed-tensors", grid=Grid(4, 16))
+    method = sequential.Method(
+        "rtn",
+        {},
+        [sequential.per_stage(round_all)],
+        (),
+        layout="compressed-tensors",
+        grid=Grid(4, 16),
+    )
     rows = sequential.compress(decoder, method, tmp_path / "out", base="m")
     assert not {row["name"] for row in rows} & set(full) and len(rows) == 14 - len(full)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import families
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
 from harness.blocks.stages import find_stages
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.errors import UserError
 from harness.quant import grid
@@ -125,11 +126,13 @@ def pack(source, out, a_grid, layout):
     """Round to nearest without gptq: the harness knows no method."""
     decoder = Decoder(source)
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         return {n: sequential.Update(grid.nearest(w, a_grid, torch.float16 if layout == "gptq"
                 else decoder.dtype)) for n, w in matrices.items()}  # fmt: skip
 
-    method = sequential.Method("nearest", {}, update, layout=layout, grid=a_grid)
+    method = sequential.Method(
+        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, grid=a_grid
+    )
     sequential.compress(decoder, method, out, base=str(source))
     return out
 

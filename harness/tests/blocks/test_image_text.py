@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import families
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.commands.info import info
 from harness.errors import UserError
@@ -69,7 +70,7 @@ def test_the_language_part_is_walked_and_compressed(saved, tmp_path):
     assert torch.equal(torch.cat([x for _, x in stream_logits(folder, ids)]), wanted)
     assert "2 blocks of width 32" in info(folder)
 
-    def round_all(matrices, statistics, where):
+    def round_all(matrices, statistics, hand):
         assert statistics is not None and len(statistics.seen)
         return {n: sequential.Update(nearest(w, Grid(4, 16), torch.float32))
                 for n, w in matrices.items()}  # fmt: skip
@@ -77,7 +78,11 @@ def test_the_language_part_is_walked_and_compressed(saved, tmp_path):
     decoder, out = Decoder(folder), tmp_path / "out"
     assert len(decoder) == 2 and "vision" not in decoder.prefix
     method = sequential.Method(
-        "rtn", {}, round_all, statistics=Seen, layout="compressed-tensors", grid=Grid(4, 16)
+        "rtn",
+        {},
+        [sequential.per_stage(round_all, Seen)],
+        layout="compressed-tensors",
+        grid=Grid(4, 16),
     )
     rows = sequential.compress(decoder, method, out, base="model", windows=ids)
     assert all(row["name"].startswith(f"{decoder.prefix}.") for row in rows) and len(rows) >= 8

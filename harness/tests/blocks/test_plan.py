@@ -55,14 +55,16 @@ def test_disk(layout, bits, group, symmetric, computed, source, tmp_path, capsys
     grid = None if bits is None else Grid(bits, group, symmetric)
     scales = formats.scale_dtype(layout, decoder.stored_dtype)
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         if grid is None:
             halves = {n: m.where(m.abs() > m.abs().median(), 0) for n, m in matrices.items()}
             return {n: sequential.Update(m) for n, m in halves.items()}
         return {n: sequential.Update(nearest(m, grid, scales)) for n, m in matrices.items()}
 
     settings = {"sparsity": 0.5} if grid is None else {}
-    method = sequential.Method("some", settings, update, layout=layout, grid=grid)
+    method = sequential.Method(
+        "some", settings, [sequential.per_stage(update)], (), layout=layout, grid=grid
+    )
     _, disk = told(decoder, method, capsys)
     out = tmp_path / "made"
     sequential.compress(decoder, method, out, base="base")
@@ -72,7 +74,9 @@ def test_disk(layout, bits, group, symmetric, computed, source, tmp_path, capsys
 
 
 def test_memory_grows_with_the_tokens_and_is_that_of_the_dtype_computed_in(source, capsys):
-    method = sequential.Method("some", {}, None, statistics=lambda columns, device: None)
+    method = sequential.Method(
+        "some", {}, [sequential.per_stage(None, lambda columns, device: None)]
+    )
     few, many = (
         told(Decoder(source, dtype=torch.float32), method, capsys, n)[0] for n in (1, 10**6)
     )

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 import driving
 import families
 from harness import paths
-from harness.blocks import block_pass, sequential
+from harness.blocks import block as block_module
 from harness.blocks import decoder as decoder_module
+from harness.blocks import sequential
 from harness.blocks.decoder import Decoder
-from harness.blocks.sequential import Method, Update, compress
+from harness.blocks.sequential import Method, Update, compress, per_stage
 from harness.checkpoint import hashes, runs
 from harness.errors import Finished, UserError
 from harness.modules import get_matrix, linears, set_matrix
@@ -51,9 +52,9 @@ def coarse(matrix):
 def recording(seen, change):
     """An update that notes what each stage saw, then changes the weights."""
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         assert statistics.reduced
-        seen.append((where, list(matrices), torch.cat(statistics.inputs)))
+        seen.append((str(hand), list(matrices), torch.cat(statistics.inputs)))
         return {name: Update(change(matrix)) for name, matrix in matrices.items()}
 
     return update
@@ -137,9 +138,13 @@ def test_every_stage_sees_what_a_naive_pass_sees(
     family, true_sequential, keep, sources, tmp_path, monkeypatch, capsys
 ):
     if not keep:
-        monkeypatch.setattr(block_pass, "SHARE_OF_FREE_MEMORY", 0)
+        monkeypatch.setattr(block_module, "SHARE_OF_FREE_MEMORY", 0)
     seen = []
-    method = Method("coarse", {}, recording(seen, coarse), Recorder, true_sequential)
+    method = Method(
+        "coarse",
+        {},
+        [per_stage(recording(seen, coarse), Recorder, true_sequential)],
+    )
     run(sources[family], tmp_path / "out", method)
     assert keep != ("slower, same result" in capsys.readouterr().err)
     expected, expected_logits = naive(sources[family], coarse, true_sequential)
@@ -156,7 +161,7 @@ def test_a_pass_that_changes_nothing_changes_nothing(family, sources, tmp_path):
     for number, statistics in enumerate((Recorder, None)):
         out = tmp_path / str(number)
         same = lambda matrices, *_: {n: Update(m) for n, m in matrices.items()}  # noqa: E731
-        rows = run(sources[family], out, Method("same", {}, same, statistics))
+        rows = run(sources[family], out, Method("same", {}, [per_stage(same, statistics)]))
         assert torch.equal(logits(out), logits(sources[family]))
         assert len(rows) == families.LAYERS * len(linears(Decoder(sources[family]).blocks[0]))
     assert torch.is_grad_enabled()
@@ -174,7 +179,7 @@ def test_how_often_each_linear_runs(true_sequential, times, sources, tmp_path):
                 calls[key] += 1
 
             module.register_forward_hook(count)
-    method = Method("coarse", {}, recording([], coarse), Recorder, true_sequential)
+    method = Method("coarse", {}, [per_stage(recording([], coarse), Recorder, true_sequential)])
     compress(decoder, method, tmp_path / "out", base="b", windows=families.windows(WINDOWS))
     batches = 3
     probe = {0: 1}  # the first block is run once more, on a short window, to find the stages
@@ -184,7 +189,7 @@ def test_how_often_each_linear_runs(true_sequential, times, sources, tmp_path):
 def test_two_passes_on_one_decoder_start_from_the_same_weights(sources, tmp_path):
     decoder = Decoder(sources["llama"])
     for name, change in (("zero", torch.zeros_like), ("same", torch.clone)):
-        method = Method(name, {}, recording([], change), Recorder)
+        method = Method(name, {}, [per_stage(recording([], change), Recorder)])
         compress(decoder, method, tmp_path / name, base="b", windows=families.windows(WINDOWS))
     assert torch.equal(logits(tmp_path / "same"), logits(sources["llama"]))
 
@@ -200,10 +205,10 @@ def packing(bits=4, fail_at=None, error=Interrupted, calls=None):
     """A packed method whose codes depend on the data; stops at a block if told so."""
     grid = Grid(bits, 16, True)
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         if calls is not None:
-            calls.append(where)
-        if where == f"block {fail_at}":
+            calls.append(str(hand))
+        if hand.index == fail_at:
             raise error("stopped by the test")
         size = torch.cat(statistics.inputs).square().mean().sqrt()
         return {
@@ -212,7 +217,9 @@ def packing(bits=4, fail_at=None, error=Interrupted, calls=None):
         }
 
     layout = "compressed-tensors"
-    return Method("packing", {"bits": bits}, update, Recorder, layout=layout, grid=grid)
+    return Method(
+        "packing", {"bits": bits}, [per_stage(update, Recorder)], layout=layout, grid=grid
+    )
 
 
 def interrupted(source, out, **options):
@@ -240,8 +247,8 @@ def test_an_interrupted_pass_goes_on_with_the_same_result(sources, tmp_path, cap
 def noting(seen, fail_at=None):
     """Side tensors of some linears: their weights times how large their inputs were."""
 
-    def update(matrices, statistics, where):
-        if where.index == fail_at:
+    def update(matrices, statistics, hand):
+        if hand.index == fail_at:
             raise Interrupted
         size = torch.cat(statistics.inputs).square().mean().sqrt()
         updates = {n: Update(coarse(m), side={"size": m * size}) for n, m in matrices.items()}
@@ -249,11 +256,13 @@ def noting(seen, fail_at=None):
             updates["self_attn.q_proj"].side = {}
         for name, update in updates.items():
             for key, tensor in update.side.items():
-                seen[f"{where.prefix}.{name}.{key}"] = tensor
+                seen[f"{hand.prefix}.{name}.{key}"] = tensor
         return updates
 
     note = {"note": "root mean square"}
-    return Method("noting", {}, update, Recorder, side_file="sizes.safetensors", side_note=note)
+    return Method(
+        "noting", {}, [per_stage(update, Recorder)], side_file="sizes.safetensors", side_note=note
+    )
 
 
 def test_side_tensors_end_in_a_file_of_their_own(sources, tmp_path):
@@ -441,7 +450,7 @@ def test_a_full_disk_is_said_and_resumable(where, sources, tmp_path, monkeypatch
 def test_what_a_pass_leaves_alone_is_said(tmp_path, capsys):
     families.save("mixtral", tmp_path / "source")
     same = lambda matrices, *_: {n: Update(m) for n, m in matrices.items()}  # noqa: E731
-    run(tmp_path / "source", tmp_path / "out", Method("same", {}, same, Recorder))
+    run(tmp_path / "source", tmp_path / "out", Method("same", {}, [per_stage(same, Recorder)]))
     said = capsys.readouterr().err
     assert "left as they are, no linear layers: " in said
     assert "mlp.experts.gate_up_proj, mlp.experts.down_proj (86% of the blocks)" in said
@@ -452,7 +461,7 @@ def test_what_a_pass_leaves_alone_is_said(tmp_path, capsys):
 def test_what_lies_beside_the_weights(sources, tmp_path):
     source = tmp_path / "source"
     families.save("llama", source, tokenizer=True)
-    method = Method("coarse", {"step": 16}, recording([], coarse), Recorder)
+    method = Method("coarse", {"step": 16}, [per_stage(recording([], coarse), Recorder)])
     options = {"calibration": CALIBRATION}
     run(source, tmp_path / "one", method, command="first", **options)
     run(tmp_path / "one", tmp_path / "two", packing(), command="second", **options)
@@ -475,7 +484,7 @@ def test_what_lies_beside_the_weights(sources, tmp_path):
 
 
 def test_activations_that_overflow_are_refused(sources, tmp_path):
-    huge = Method("huge", {}, recording([], lambda m: m * 1e30), Recorder)
+    huge = Method("huge", {}, [per_stage(recording([], lambda m: m * 1e30), Recorder)])
     with pytest.raises(UserError, match=r"block 0 gives NaN or infinite activations in .*float32"):
         run(sources["llama"], tmp_path / "out", huge)
 

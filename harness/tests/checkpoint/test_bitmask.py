@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import families
 from harness import paths
 from harness.blocks.decoder import Decoder
-from harness.blocks.sequential import Method, Update, compress
+from harness.blocks.sequential import Method, Update, compress, per_stage
 from harness.checkpoint import bitmask, load, recipe, shards
 from harness.checkpoint.weights import Weights
 from harness.cli import main
@@ -73,10 +73,10 @@ def half(matrix):
 def prune(source, out, layout, change=half, **options):
     """The pass with the simplest pruning method there is."""
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         return {name: Update(change(matrix)) for name, matrix in matrices.items()}
 
-    method = Method("halves", {"sparsity": 0.5}, update, layout=layout)
+    method = Method("halves", {"sparsity": 0.5}, [per_stage(update)], (), layout=layout)
     return compress(Decoder(source), method, out, base=str(source), **options)
 
 
@@ -139,10 +139,10 @@ def test_a_quantized_update_is_stored_without_its_zeros(tmp_path):
     families.save("llama", tmp_path / "source")
     grid = Grid(4, 16, True)
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         return {n: Update(nearest(half(m), grid, torch.float32)) for n, m in matrices.items()}
 
-    method = Method("joint", {}, update, layout="bitmask")
+    method = Method("joint", {}, [per_stage(update)], (), layout="bitmask")
     compress(Decoder(tmp_path / "source"), method, tmp_path / "out", base="b")
     model = load.load_model(tmp_path / "out")
     want = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
@@ -167,12 +167,12 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
         def reduce(self):
             pass
 
-    def update(matrices, norms, where):
+    def update(matrices, norms, hand):
         scores = {name: m.abs() * norms.total.sqrt() for name, m in matrices.items()}
         return {n: Update(matrices[n] * (s > s.median())) for n, s in scores.items()}
 
     def run(out):
-        method = Method("norms", {}, update, Norms, layout="bitmask")
+        method = Method("norms", {}, [per_stage(update, Norms)], layout="bitmask")
         compress(Decoder(source), method, out, base="b", windows=families.windows(3))
 
     run(tmp_path / "straight")
@@ -291,7 +291,7 @@ def test_plan_knows_the_smaller_file(tmp_path, capsys):
     families.save("llama", tmp_path / "source", dtype=torch.float16, **sizes)
     disk = {}
     for layout in ("dense", "bitmask"):
-        method = Method("halves", {"sparsity": 0.5}, None, layout=layout)
+        method = Method("halves", {"sparsity": 0.5}, [per_stage(None)], (), layout=layout)
         print_plan(Decoder(tmp_path / "source"), method, tmp_path / "out", 0)
         line = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("| 0-1"))
         disk[layout] = float(line.split("|")[5])

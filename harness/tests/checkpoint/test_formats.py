@@ -178,10 +178,12 @@ def round_to_nearest(source, out, grid, layout):
     decoder = Decoder(source, dtype=Weights(source).dtype)
     scales = formats.scale_dtype(layout, decoder.dtype)
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         return {n: sequential.Update(nearest(w, grid, scales)) for n, w in matrices.items()}
 
-    method = sequential.Method("nearest", {}, update, layout=layout, grid=grid)
+    method = sequential.Method(
+        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, grid=grid
+    )
     sequential.compress(decoder, method, out, base=str(source))
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     for block in model.get_submodule(decoder.prefix):

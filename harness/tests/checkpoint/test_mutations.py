@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import families
 from harness import cli
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, recipe
 from harness.commands import report
 from harness.commands.info import info
@@ -44,7 +45,9 @@ def good(tmp_path_factory):
             return {n: sequential.Update(nearest(w, grid, torch.float16))
                     for n, w in matrices.items()}  # fmt: skip
 
-        method = sequential.Method("rtn", {}, round_all, layout=layout, grid=grid)
+        method = sequential.Method(
+            "rtn", {}, [sequential.per_stage(round_all)], (), layout=layout, grid=grid
+        )
         sequential.compress(Decoder(root / "dense"), method, root / layout, base="dense")
         merge(root / layout)
     return root

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import families
 from harness import distributed
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.commands.info import info
 from harness.errors import UserError
@@ -46,7 +47,7 @@ def streamed(folder, ids, **options):
     return torch.cat([logits for _, logits in stream_logits(folder, ids, **options)])
 
 
-def keep(matrices, statistics, where):
+def keep(matrices, statistics, hand):
     return {name: sequential.Update(matrix) for name, matrix in matrices.items()}
 
 
@@ -76,7 +77,12 @@ def test_what_transformers_keeps_in_float32_stays_so(tmp_path, kind):
     assert torch.equal(streamed(folder, ids, dtype=torch.bfloat16), wanted)
     # What is written keeps the digits too.
     decoder = Decoder(folder, dtype=torch.bfloat16)
-    sequential.compress(decoder, sequential.Method("keep", {}, keep), tmp_path / "out", base="m")
+    sequential.compress(
+        decoder,
+        sequential.Method("keep", {}, [sequential.per_stage(keep)], ()),
+        tmp_path / "out",
+        base="m",
+    )
     before, after = Decoder(folder), Decoder(tmp_path / "out")
     names = [n for n in before.names.plain if n.endswith("e_score_correction_bias")]
     assert names and all(torch.equal(before.stored(n), after.stored(n)) for n in names)
@@ -91,11 +97,18 @@ def test_a_packed_result_keeps_float32_tensors_too(tmp_path):
     biases = [n for n in load_file(folder / "model.safetensors") if n.endswith("correction_bias")]
     change(folder, lambda t: t.update({n: 34.5 + torch.randn(4) * 0.1 for n in biases}))
 
-    def round_all(matrices, statistics, where):
+    def round_all(matrices, statistics, hand):
         return {n: sequential.Update(nearest(w, Grid(4, 16), torch.bfloat16))
                 for n, w in matrices.items()}  # fmt: skip
 
-    method = sequential.Method("rtn", {}, round_all, layout="compressed-tensors", grid=Grid(4, 16))
+    method = sequential.Method(
+        "rtn",
+        {},
+        [sequential.per_stage(round_all)],
+        (),
+        layout="compressed-tensors",
+        grid=Grid(4, 16),
+    )
     sequential.compress(Decoder(folder), method, tmp_path / "out", base="m")
     ids = families.windows(2)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
@@ -136,7 +149,10 @@ def test_tensors_without_a_place_are_named_and_kept(tmp_path, capfd, edit, count
         said = capfd.readouterr().err
         assert f"{count} tensors have no place" in said and re.search(pattern, said)
     sequential.compress(
-        Decoder(tmp_path / "model"), sequential.Method("keep", {}, keep), tmp_path / "out", base="m"
+        Decoder(tmp_path / "model"),
+        sequential.Method("keep", {}, [sequential.per_stage(keep)], ()),
+        tmp_path / "out",
+        base="m",
     )
     after = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
@@ -164,7 +180,10 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
         wanted = theirs(ids, use_cache=False).logits
     assert torch.equal(streamed(tmp_path / "model", ids), wanted)
     sequential.compress(
-        Decoder(tmp_path / "model"), sequential.Method("keep", {}, keep), tmp_path / "out", base="m"
+        Decoder(tmp_path / "model"),
+        sequential.Method("keep", {}, [sequential.per_stage(keep)], ()),
+        tmp_path / "out",
+        base="m",
     )
     assert torch.equal(streamed(tmp_path / "out", ids), wanted)
     change(tmp_path / "model", lambda t: t.pop("model.embed_tokens.weight"))

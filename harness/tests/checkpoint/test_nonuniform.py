@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import families
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, nonuniform, readers
 from harness.checkpoint.nonuniform import skeleton
 from harness.metrics.footprint import linear_shapes, stored_size
@@ -105,10 +106,12 @@ def test_a_layer_wise_method_goes_on_from_it(uneven, layout, tmp_path):
     a_grid = grid.Grid(4, 32, True)
     scale = torch.float16 if layout == "gptq" else torch.float32
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         return {n: sequential.Update(grid.nearest(w, a_grid, scale)) for n, w in matrices.items()}
 
-    method = sequential.Method("nearest", {}, update, layout=layout, grid=a_grid)
+    method = sequential.Method(
+        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, grid=a_grid
+    )
     sequential.compress(Decoder(folder), method, tmp_path / "out", base=str(folder))
     small, ids = load.load_model(tmp_path / "out"), families.windows(3)
     streamed = torch.cat([p for _, p in stream_logits(tmp_path / "out", ids, batch_size=3)])

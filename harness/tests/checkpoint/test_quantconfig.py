@@ -21,11 +21,13 @@ NAME = "model.layers.1.mlp.down_proj"
 def make(tmp_path, layout, grid):
     families.save("llama", tmp_path / "dense", num_hidden_layers=2, hidden_size=64)
 
-    def round_all(matrices, statistics, where):
+    def round_all(matrices, statistics, hand):
         return {n: sequential.Update(nearest(w, grid, torch.float16)) for n, w in matrices.items()}
 
     decoder, out = Decoder(tmp_path / "dense"), tmp_path / "packed"
-    method = sequential.Method("rtn", {}, round_all, layout=layout, grid=grid)
+    method = sequential.Method(
+        "rtn", {}, [sequential.per_stage(round_all)], (), layout=layout, grid=grid
+    )
     sequential.compress(decoder, method, out, base="dense")
     return out
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import families
 from harness.blocks import sequential
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, readers
 from harness.commands.info import info
 from harness.errors import UserError
@@ -60,14 +61,21 @@ def test_odd_families_are_equal_and_their_cards_true(saved, tmp_path):
         wanted = model(ids, use_cache=False).logits
     assert torch.equal(torch.cat([x for _, x in stream_logits(folder, ids)]), wanted)
 
-    def round_all(matrices, statistics, where):
+    def round_all(matrices, statistics, hand):
         return {n: sequential.Update(nearest(w, Grid(4, 16), torch.float32))
                 for n, w in matrices.items()}  # fmt: skip
 
     decoder, out = Decoder(folder), tmp_path / "out"
     names = {n for block in decoder.blocks for n in linears(block)}
     assert not names & dense
-    method = sequential.Method("rtn", {}, round_all, layout="compressed-tensors", grid=Grid(4, 16))
+    method = sequential.Method(
+        "rtn",
+        {},
+        [sequential.per_stage(round_all)],
+        (),
+        layout="compressed-tensors",
+        grid=Grid(4, 16),
+    )
     sequential.compress(decoder, method, out, base="model")
     ignored = set(json.loads((out / "config.json").read_text())["quantization_config"]["ignore"])
     for name in dense:

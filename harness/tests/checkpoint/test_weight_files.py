@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import families
-from harness.blocks.decoder import stream_logits
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, weight_files
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError

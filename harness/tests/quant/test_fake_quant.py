@@ -7,14 +7,10 @@ from harness.quant import fake_quant, normal_float
 from harness.quant.fake_quant import fake_quantize, fake_quantize_with
 from harness.quant.grid import Grid, QuantizedWeight, nearest
 from harness.quant.normal_float import NormalFloat
+from naive_rounding import learned, through
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRIDS = [Grid(2, 16), Grid(3, 8), Grid(4, -1), Grid(8, 16)]
-
-
-def through(exact, value):
-    """``value``, with the gradient of ``exact``."""
-    return exact + (value - exact).detach()
 
 
 def naive(weight, grid, dtype):
@@ -27,12 +23,6 @@ def naive(weight, grid, dtype):
     scale = through(scale, scale.float().to(dtype).double())
     zero = (-low / scale).detach().round().clamp(0, grid.max_code)
     return learned(groups, scale, zero, grid).view_as(weight)
-
-
-def learned(groups, scale, zero, grid):
-    position = groups / scale
-    codes = (through(position, position.round()) + zero).clamp(0, grid.max_code)
-    return (codes - zero) * scale
 
 
 def example(rows=12, columns=32, seed=0):

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from harness.quant.hessian import Hessian, inverse_factor, invert_lower
+from harness.quant.hessian import GroupMoments, Hessian, inverse_factor, invert_lower
 
 
 def correlated(tokens, columns, seed=0):
@@ -82,3 +82,18 @@ def test_hopeless_matrices_are_refused():
         inverse_factor(-torch.eye(4), 0.01, "block 1 q_proj")
     with pytest.raises(ArithmeticError):
         inverse_factor(torch.full((3, 3), torch.nan))
+
+
+def test_moments_do_not_depend_on_how_tokens_are_dealt():
+    inputs = torch.randn(23, 12, generator=torch.Generator().manual_seed(0))
+    whole, parts = (GroupMoments(12, "cpu", 4) for _ in range(2))
+    whole.add(inputs[None])
+    for part in inputs.split([1, 15, 7]):
+        parts.add(part)
+    for moments in (whole, parts):
+        moments.reduce()
+    grouped = inputs.double().unflatten(1, (3, 4)).transpose(0, 1)
+    expected = (grouped.mT @ grouped / 23).float()
+    together = whole.mean()
+    torch.testing.assert_close(together, expected)
+    torch.testing.assert_close(parts.mean(), together)

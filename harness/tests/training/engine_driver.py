@@ -44,7 +44,7 @@ def main(out, zero, accumulate, mode):
         rows.append(engine.train_step(running, training, step, micro_batches(step), loss_of))
         if step == 3 and mode == "straight":
             engine.save_state(running, states, {"step": 4})
-        with engine.whole_weights(running) as whole:
+        with engine.whole_weights(running.module) as whole:
             # As generation does: ranks end at different lengths.
             sums = [whole(input_ids=torch.arange(9)[None]).logits.sum().item()] * 2
             for _ in range(distributed.rank()):
@@ -52,7 +52,7 @@ def main(out, zero, accumulate, mode):
             rows[-1]["logits"] = sums[0]
             assert sums[0] == sums[1]
     found = engine.weights(running)
-    with engine.whole_weights(running) as whole:
+    with engine.whole_weights(running.module) as whole:
         sizes = sum(p.numel() for p in whole.parameters())
     if distributed.rank() == 0:
         total = sum(t.double().abs().sum().item() for t in found.values())

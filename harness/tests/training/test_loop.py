@@ -86,7 +86,7 @@ def test_float32_training_of_a_bfloat16_checkpoint_looks_at_what_it_will_store(z
     looked = {}
 
     def evaluate(running, step):
-        with engine.whole_weights(running) as module:
+        with engine.whole_weights(running.module) as module:
             looked[step] = {n: p.detach().clone() for n, p in module.named_parameters()}
         return {"value": float(-step)}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import driving
 import families
 from bitdistiller import autoclip, clip_file, student
-from bitdistiller.autoclip_run import UNCLIPPED, GroupMoments, clip, make_grid
+from bitdistiller.autoclip_run import UNCLIPPED, clip, make_grid
 from harness import precision
 from harness.blocks import decoder as decoder_module
 from harness.checkpoint import load
@@ -19,6 +19,7 @@ from harness.metrics import perplexity
 from harness.modules import get_matrix, linears
 from harness.quant.clip_search import clamp, full_range, search
 from harness.quant.grid import Grid, nearest
+from harness.quant.hessian import GroupMoments
 from harness.quant.normal_float import nearest as nearest_level
 
 SETTINGS = {"n_samples": 5, "seqlen": 24, "q_group_size": 16, "bos": "none"}
@@ -81,7 +82,7 @@ def test_ranges_are_those_of_the_inputs_that_the_result_itself_gives(family, kin
         prefix = next(prefix for prefix in blocks if name.startswith(f"{prefix}."))
         linear = name.removeprefix(f"{prefix}.")
         weight = get_matrix(dense[prefix].get_submodule(linear)).float()
-        moments = GroupMoments(weight.shape[1], "cpu", grid)
+        moments = GroupMoments(weight.shape[1], "cpu", grid.group_size)
         for batch in inputs[name]:
             moments.add(batch)
         expected = full_range(weight, grid)
@@ -132,21 +133,6 @@ def test_queries_and_keys_are_told_by_name():
     assert all(UNCLIPPED.search(name) for name in left)
     others = ["self_attn.v_proj", "o_proj", "mlp.gate_proj", "mlp.dense_4h_to_h", "attn.c_proj"]
     assert not any(UNCLIPPED.search(name) for name in others)
-
-
-def test_moments_do_not_depend_on_how_tokens_are_dealt():
-    inputs = torch.randn(23, 12, generator=torch.Generator().manual_seed(0))
-    whole, parts = (GroupMoments(12, "cpu", Grid(2, 4)) for _ in range(2))
-    whole.add(inputs[None])
-    for part in inputs.split([1, 15, 7]):
-        parts.add(part)
-    for moments in (whole, parts):
-        moments.reduce()
-    grouped = inputs.double().unflatten(1, (3, 4)).transpose(0, 1)
-    expected = (grouped.mT @ grouped / 23).float()
-    found = whole.mean()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(parts.mean(), found)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import families
 from bitdistiller import clip_file
 from bitdistiller.autoclip import main
 from bitdistiller.autoclip_run import clip
+from harness.blocks import sequential
 from harness.errors import UserError
 from harness.quant.grid import Grid
 from harness.quant.normal_float import NormalFloat
@@ -117,17 +118,15 @@ def test_damaged_weights(place, capsys):
 
 
 def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
-    import harness.blocks.block_pass
+    real = sequential.work_on
 
-    real = harness.blocks.block_pass.BlockPass.compress
-
-    def stop(self, index):
+    def stop(decoder, index, *words):
         if index == 1:
             raise KeyboardInterrupt
-        return real(self, index)
+        return real(decoder, index, *words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.blocks.block_pass.BlockPass, "compress", stop)
+        patch.setattr(sequential, "work_on", stop)
         assert main(["model", "text.txt", *QUICK, "--out", "out"]) == 130
     line = driving.refused(capsys, main, "model", "text.txt", *QUICK, "--w_bit", "3")
     assert "settings, w_bit: 2 there, 3 now" in line and "--no-resume" in line

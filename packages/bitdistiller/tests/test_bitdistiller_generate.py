@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -47,9 +46,14 @@ def test_every_row_is_what_the_model_says_to_it(place, capsys):
     assert [row["prompt"] for row in found[8:]] == [families.TEXT[i : i + 12] for i in range(10)]
     tokenizer = load.load_tokenizer("teacher")
     ask = open_engine(
-        SimpleNamespace(engine="transformers", dtype="auto"), place / "teacher", "cpu", tokenizer,
-        Sampling(12, 0.7), 64,
-    )  # fmt: skip
+        "transformers",
+        place / "teacher",
+        tokenizer,
+        Sampling(12, 0.7),
+        64,
+        dtype="auto",
+        device="cpu",
+    )
     counts = {True: 0, False: 0}
     lengths = []
     for index, row in enumerate(found):

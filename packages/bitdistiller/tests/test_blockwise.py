@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quantizer import learned, through
 from test_student import logits, make_ranges, rounded
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +17,7 @@ from harness.checkpoint import load
 from harness.data import corpora
 from harness.modules import get_matrix
 from harness.quant.grid import Grid, nearest
+from naive_rounding import learned, through
 
 FLAGS = "--q_group_size 16 --nsamples 6 --val_size 2 --seqlen 16"
 

@@ -14,6 +14,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, T5Config
 import driving
 import families
 from gptq.cli import main
+from harness.blocks import sequential
 
 QUICK = ["--nsamples", "4", "--seqlen", "32"]
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -113,17 +114,15 @@ def test_the_model_is_not_its_own_output(place, capsys):
 
 
 def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
-    import harness.blocks.block_pass
+    real = sequential.work_on
 
-    real = harness.blocks.block_pass.BlockPass.compress
-
-    def stop(self, index):
+    def stop(decoder, index, *words):
         if index == 1:
             raise KeyboardInterrupt
-        return real(self, index)
+        return real(decoder, index, *words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.blocks.block_pass.BlockPass, "compress", stop)
+        patch.setattr(sequential, "work_on", stop)
         assert main(["model", "text.txt", *QUICK, "--out", "out"]) == 130
     line = refused(capsys, "model", "text.txt", *QUICK, "--wbits", "3")
     assert "settings, wbits: 4 there, 3 now" in line and "--no-resume" in line

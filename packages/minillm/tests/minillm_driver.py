@@ -27,9 +27,9 @@ def main(result, kill, *argv):
     OnPolicy.batches = batches
 
     def body():
-        args = train_minillm.parser().parse_args(argv)
+        settings = train_minillm.Settings(**vars(train_minillm.parser().parse_args(argv)))
         with distributed.group():
-            found = train_minillm_run.train(args)
+            found = train_minillm_run.run(settings)
             if distributed.rank() == 0:
                 Path(result).write_text(json.dumps(found))
 

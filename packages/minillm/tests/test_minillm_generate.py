@@ -166,9 +166,8 @@ def test_seqkd_trains_on_what_the_teacher_wrote(place):
     assert main(["teacher", "--data", "asked", *FLAGS, "--out", "made/train.jsonl"]) == 0
     tokenizer = load.load_tokenizer("teacher")
     ask = open_engine(
-        SimpleNamespace(engine="transformers", dtype="auto"), place / "teacher", "cpu", tokenizer,
-        Sampling(12), 24,
-    )  # fmt: skip
+        "transformers", place / "teacher", tokenizer, Sampling(12), 24, dtype="auto", device="cpu"
+    )
     found = example_sets.pairs("made", "train", generated=True)
     asked = [pair["prompt"] for pair in example_sets.pairs("asked", "train")]
     assert [pair["prompt"] for pair in found] == asked[:20]

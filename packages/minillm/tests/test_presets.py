@@ -30,7 +30,7 @@ SECTIONS = [(name, section) for name in presets.names() for section in presets.l
 def parser_of(section):
     made = PARSERS[section]()
     if "preset" not in {action.dest for action in made._actions}:
-        presets.add(made)
+        made.add_argument("--preset")
     return made
 
 

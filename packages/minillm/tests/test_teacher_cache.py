@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 import families
 from harness.checkpoint import load
 from harness.data import example_sets
+from harness.errors import UserError
 from harness.losses import from_hidden
 from harness.losses.divergence import kl_rows
 from harness.training import batching, cache_writer, teacher_cache
-from minillm import finetune, finetune_run, losses, models
+from minillm import finetune, losses, models
 from minillm.cache_teacher import main
 
 TOP = 5
@@ -285,7 +286,7 @@ def test_a_damaged_cache_is_one_clear_line(place, monkeypatch, file, damage, mes
     made = examples_of("teacher")
     teacher_cache.Cache("cache", made, families.VOCAB)
     damage(place / "cache" / file)
-    with pytest.raises(finetune_run.UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         teacher_cache.Cache("cache", made, families.VOCAB)
     assert "make it again with cache_teacher --overwrite" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -293,8 +294,8 @@ def test_a_damaged_cache_is_one_clear_line(place, monkeypatch, file, damage, mes
 
 def test_a_cache_of_another_place_is_refused(place, capsys):
     made = examples_of("teacher")
-    with pytest.raises(finetune_run.UserError, match=r"holds no cache\.json"):
+    with pytest.raises(UserError, match=r"holds no cache\.json"):
         teacher_cache.Cache("pairs", made, families.VOCAB)
     assert main(["teacher", "--data", "pairs", "--topk", "3", "--out", "cache"]) == 0
-    with pytest.raises(finetune_run.UserError, match="the student has 100"):
+    with pytest.raises(UserError, match="the student has 100"):
         teacher_cache.Cache("cache", made, 100)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import families
 from harness import modules
 from harness import modules as stages_module
-from harness.blocks import decoder
-from harness.blocks.decoder import stream_logits
+from harness.blocks import decoder, sequential
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.data import corpora
 from harness.metrics import footprint
@@ -208,19 +208,17 @@ def test_selections(place, tmp_path, method, case):
 @torch.no_grad()
 @pytest.mark.parametrize("method", COMMANDS)
 def test_results_reload_in_transformers_with_the_pass_s_logits(place, tmp_path, method):
-    from harness.blocks.block_pass import BlockPass
-
     last = {}
-    real = BlockPass.compress
+    real = sequential.work_on
 
-    def compress(self, index):
-        result = real(self, index)
-        last["hidden"] = [h.clone() for h in self.hidden]
-        last["logits"] = lambda ids, h: self.decoder.logits(ids, h)
-        return result
+    def work_on(decoder, index, streams, method):
+        hand = real(decoder, index, streams, method)
+        last["hidden"] = [h.clone() for h in streams.inputs]
+        last["logits"] = decoder.logits
+        return hand
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BlockPass, "compress", compress)
+        patch.setattr(sequential, "work_on", work_on)
         run(place, tmp_path / "out", method=method)
     model = loaded(tmp_path / "out")
     streamed = torch.cat([batch for _, batch in stream_logits(tmp_path / "out", WINDOWS)])

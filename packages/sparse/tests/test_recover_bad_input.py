@@ -93,13 +93,20 @@ def test_too_little_text(place, capsys):
 
 
 def test_quantized_input(place, capsys):
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         return {
             name: sequential.Update(nearest(matrix, Grid(4, 16), matrix.dtype))
             for name, matrix in matrices.items()
         }
 
-    method = sequential.Method("nearest", {}, update, layout="compressed-tensors", grid=Grid(4, 16))
+    method = sequential.Method(
+        "nearest",
+        {},
+        [sequential.per_stage(update)],
+        (),
+        layout="compressed-tensors",
+        grid=Grid(4, 16),
+    )
     sequential.compress(decoder.Decoder(place / "model"), method, place / "packed", base="model")
     line = refused(capsys, "packed", *GOOD[1:])
     assert "packed is quantized (compressed-tensors), and training would undo that" in line

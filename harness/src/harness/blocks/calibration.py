@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from harness import distributed
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.checkpoint.load import window_length
 from harness.data import corpora
@@ -28,13 +29,14 @@ def draw(
     seed: int,
     bos: str = "auto",
     held_out: int = 0,
+    try_bos: bool = True,
 ) -> tuple[Tensor, dict]:
     """Calibration windows int64 [nsamples, seqlen], and what the card says of them.
 
     Args:
         seqlen: None is the model's context, at most 2,048.
         bos: "none" (the published protocol), "window" (every window begins with it), or "auto",
-            see :func:`choose`.
+            see :func:`choose`. try_bos: False takes "auto" for "none", and runs nothing.
 
     Raises:
         UserError: the text does not suffice, ``seqlen`` or ``bos`` does not fit the model.
@@ -45,6 +47,8 @@ def draw(
         tokenizer, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed, held_out=held_out
     )
     corpora.check_token(int(windows.max()), decoder.config)
+    if bos == "auto" and not try_bos:
+        bos = "none"
     chosen = choose(bos, tokenizer, windows, lambda some: _stream(decoder, some))
     note = {"dataset": dataset, "nsamples": nsamples - held_out, "seqlen": seqlen, "seed": seed}
     if chosen:
@@ -79,7 +83,7 @@ def choose(
 
     Args:
         windows: int64 [N, T] without BOS. logits: those of some windows, as
-            :func:`harness.blocks.decoder.stream_logits` gives them.
+            :func:`harness.blocks.streams.stream_logits` gives them.
 
     Raises:
         UserError: "window", and the tokenizer has no BOS; or no such choice.

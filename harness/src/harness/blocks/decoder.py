@@ -9,15 +9,17 @@ Legend: B windows in a batch, T tokens per window, D hidden size, V vocabulary.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from harness import distributed, modules, precision
+from harness.blocks.places import fill, finite, keep_float32, put
 from harness.checkpoint import load, names, nonuniform
-from harness.checkpoint.load import window_length
 from harness.checkpoint.nonuniform import skeleton
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError, one_line
@@ -25,6 +27,8 @@ from harness.modules import find_blocks
 
 TOKENS_PER_BATCH = 4096
 PROBE_TOKENS = 4
+# (model name, stored tensor, reader of any other by its name) -> the tensor in its place.
+Transform = Callable[[str, torch.Tensor, Callable[[str], torch.Tensor]], torch.Tensor]
 MOST_RETURNED = 5  # items in the tuple that a block returns
 
 
@@ -66,6 +70,9 @@ class Decoder:
             device (:func:`harness.precision.choose`). name: the model as the user named it.
         sizes_only: no tensor will be asked for; families whose files transformers has to convert
             are then not read.
+        transform: changes every tensor as it is read, so that what is computed, and what is written
+            of it, is another model of the same family whose head is not tied to its embedding; a
+            rotation (rotation.py).
 
     Attributes:
         dtype: of the computation. stored_dtype: of the checkpoint, and of what is made of it.
@@ -83,12 +90,14 @@ class Decoder:
         dtype: torch.dtype | str = "auto",
         name: str | Path | None = None,
         sizes_only: bool = False,
+        transform: Transform | None = None,
     ):
         from accelerate import init_empty_weights
 
         self.weights = Weights(folder)
         self.config = load.load_config(folder)
         vars(self.config).pop("quantization_config", None)
+        self.transform, self._turned = transform, {}
         self.device = torch.device(device)
         self.stored_dtype = self.weights.dtype
         if sizes_only:
@@ -98,11 +107,17 @@ class Decoder:
         self.dtype = dtype
         # First without buffers: they are made for real below, of whatever size the config says.
         self.names = names.match(skeleton(self.config), self.weights)
+        if transform is not None:
+            plain, tied = self.names.plain, self.names.tied
+            untied = plain | {name: plain[source] for name, source in tied.items()}
+            self.names = replace(self.names, plain=untied, tied={})
+            for config in (self.config, self.config.get_text_config()):
+                config.tie_word_embeddings = False
         with init_empty_weights(include_buffers=False):
             model = nonuniform.build(self.config, self.dtype)
         self.differentiable = False
         self.model = model.eval()
-        _keep_float32(self.model, self.dtype)
+        keep_float32(self.model, self.dtype)
         self.prefix, self.blocks = find_blocks(self.model)
         self._parent, _, self._attribute = self.prefix.rpartition(".")
         self._arguments: dict[tuple[int, int], list[tuple]] = {}
@@ -120,6 +135,11 @@ class Decoder:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def has_conv1d(self) -> bool:
+        """Whether blocks hold GPT-2's Conv1D, whose weight is [in, out]."""
+        return any(isinstance(module, Conv1D) for module in self.blocks.modules())
 
     def ignore(self, patterns: Sequence[str]) -> None:
         """Leave the linears that ``patterns`` mean dense, see :func:`harness.modules.ignore`."""
@@ -168,16 +188,27 @@ class Decoder:
 
     def stored(self, name: str) -> torch.Tensor:
         """A tensor by its model name, bit for bit as the checkpoint holds it, on the CPU; of a
-        packed matrix the values, in the checkpoint's dtype.
+        packed matrix the values, in the checkpoint's dtype. Of a decoder with a transform, what
+        that makes of it.
 
         Raises:
             UserError: it holds NaN or infinite values.
         """
-        return _finite(name, self._tensor(name, None))
+        tensor = self._stored(name)
+        if self.transform is None or not tensor.is_floating_point():
+            return tensor
+        if name not in self._turned:
+            self._turned[name] = self.transform(name, tensor, self._stored)
+        return self._turned[name]
+
+    def _stored(self, name: str) -> torch.Tensor:
+        return finite(name, self._tensor(name, None))
 
     def _read(self, name: str) -> torch.Tensor:
         """The same in the dtype in which the model computes with it."""
-        return _finite(name, self._tensor(name, self.dtype))
+        if self.transform is not None:
+            return self.stored(name)
+        return finite(name, self._tensor(name, self.dtype))
 
     def _tensor(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         if name in self._made:
@@ -191,16 +222,17 @@ class Decoder:
         block = self.blocks[index]
         if tensors is None:
             tensors = {n: self._read(n) for n in self._inner(index)}
-        _fill(block, tensors, self.device, f"{self.prefix}.{index}.")
+        fill(block, tensors, self.device, f"{self.prefix}.{index}.")
         for buffer_name, buffer in list(block.named_buffers()):
-            _put(block, buffer_name, buffer.to(self.device), buffer=True)
+            put(block, buffer_name, buffer.to(self.device), buffer=True)
         return block
 
     def release(self, index: int) -> None:
         """Drop the weights of block ``index``."""
         block = self.blocks[index]
+        self._turned.clear()
         for name, parameter in list(block.named_parameters()):
-            _put(block, name, torch.empty_like(parameter, device="meta"))
+            put(block, name, torch.empty_like(parameter, device="meta"))
 
     # -- running ----------------------------------------------------------------------------
 
@@ -327,59 +359,21 @@ class Decoder:
         if self._outer_loaded:
             return
         outer = {n: self._read(n) for n in self._outer()}
-        _fill(self.model, outer, self.device)
+        fill(self.model, outer, self.device)
         for name, buffer in list(self.model.named_buffers()):
             if not name.startswith(self.prefix + "."):
-                _put(self.model, name, buffer.to(self.device), buffer=True)
+                put(self.model, name, buffer.to(self.device), buffer=True)
         for name, source in self.names.tied.items():
             owner, _, leaf = name.rpartition(".")
             self.model.get_submodule(owner)._parameters[leaf] = self.model.get_parameter(source)
         self._outer_loaded = True
-
-
-def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give the tensors that transformers keeps in float32, while a model is loaded in ``dtype``,
-    that dtype."""
-    kept = precision.kept_in_float32(model, dtype)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and kept(name):
-            _put(model, name, tensor.float(), buffer=name not in parameters)
+        self._turned.clear()
 
 
 def batches(windows: torch.Tensor, batch_size: int | None = None) -> list[torch.Tensor]:
     """Windows [N, T] cut into batches [B, T], by default of about TOKENS_PER_BATCH tokens."""
     size = batch_size or max(1, TOKENS_PER_BATCH // windows.shape[1])
     return list(windows.split(size))
-
-
-@torch.no_grad()
-def stream_logits(
-    model: str | Path,
-    windows: torch.Tensor,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype | str = "auto",
-    batch_size: int | None = None,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index of the first window, logits [B, T, V]) per batch, holding one block at a time.
-
-    Memory: one block, the hidden states of all windows [N, T, D], one batch of logits.
-    """
-    decoder = Decoder(load.resolve(model), device=device, dtype=dtype, name=model)
-    window_length(decoder.config, windows.shape[1])
-    parts = batches(windows, batch_size)
-    hidden = [decoder.embed(part) for part in parts]
-    for index in range(len(decoder)):
-        decoder.load(index)
-        for i, value in enumerate(hidden):
-            hidden[i] = decoder.forward(index, value)
-        decoder.release(index)
-    start = 0
-    for i, part in enumerate(parts):
-        yield start, decoder.logits(part, hidden[i])
-        hidden[i] = None
-        start += len(part)
 
 
 def _same(a, b) -> bool:
@@ -390,29 +384,3 @@ def _same(a, b) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     return type(a) is type(b)
-
-
-def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    load.check_finite(name, tensor)
-    return tensor
-
-
-def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], device, prefix: str = "") -> None:
-    """Put ``tensors``, by full name, in the places of ``module``'s, each in the dtype of its
-    place."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for full_name, tensor in tensors.items():
-        name = full_name.removeprefix(prefix)
-        is_buffer = name not in parameters
-        current = module.get_buffer(name) if is_buffer else parameters[name]
-        names.check_shape(full_name, tensor.shape, current.shape)
-        _put(module, name, tensor.to(device, current.dtype), buffer=is_buffer)
-
-
-def _put(module: nn.Module, name: str, tensor: torch.Tensor, buffer: bool = False) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if buffer:
-        owner._buffers[leaf] = tensor
-    else:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,34 +1,66 @@
 """The pass over all blocks that every layer-wise method rides.
 
-    for each block: load -> for each stage: statistics of its input -> new weights
-                    -> hidden states for the next block -> write -> free
+    for each block: load -> every act of the method -> hidden states for the next block
+                    -> write -> free
 
-What happens inside a block, and what a method is, stands in block_pass.py.
+What an act sees and changes stands in block.py.
 """
 
-import json
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
-from harness import distributed, memory, paths, precision
-from harness.blocks import preflight
-from harness.blocks.block_pass import BlockPass, Method, Update, Where
-from harness.blocks.decoder import Decoder
-from harness.checkpoint import card, quantconfig, readers, runs, side_files
+from harness import distributed, memory, precision
+from harness.blocks import preflight, result
+from harness.blocks.block import Act, BlockInHand, Update, per_stage
+from harness.blocks.decoder import Decoder, batches
+from harness.blocks.streams import Streams
+from harness.checkpoint import formats, quantconfig, readers, runs
 from harness.checkpoint.load import window_length
 from harness.checkpoint.runs import LOG
-from harness.checkpoint.shards import Writer, config_for
+from harness.checkpoint.shards import Writer, decode_block
 from harness.data import corpora
 from harness.modules import linears
-from harness.progress import track
+from harness.progress import time_left, track
+from harness.quant.grid import Grid
 
-__all__ = ["LOG", "Method", "Update", "Where", "compress"]
+__all__ = ["LOG", "Act", "BlockInHand", "Method", "Update", "compress", "per_stage"]
 
 
-@torch.no_grad()  # here, because forwards that pause inside it would leave it switched off behind
+@dataclass
+class Method:
+    """What a layer-wise method tells the pass.
+
+    Attributes:
+        name: for the card and the log.
+        settings: recorded in recipe.yaml; a resumed run must agree with them.
+        acts: what is done to every block, one after another.
+        streams: the hidden states that acts look at, one of :data:`harness.blocks.streams.KINDS`.
+        split: calibration windows [N, T] -> batches [B, T].
+        layout: one of :data:`harness.checkpoint.formats.FORMATS` or PRUNED_FORMATS.
+        grid: of the packed result; None for dense and bitmask.
+        actorder: whether packed groups were solved in act-order (recorded in the config).
+        side_file: of the result, for the side tensors of all updates. side_note: its metadata, one
+            entry.
+    """
+
+    name: str
+    settings: dict
+    acts: list[Act]
+    streams: tuple[str, ...] = ("quantized",)
+    split: Callable[[torch.Tensor], list[torch.Tensor]] = batches
+    layout: str = "dense"
+    grid: Grid | None = None
+    actorder: bool = False
+    side_file: str | None = None
+    side_note: dict[str, str] | None = None
+
+
+@torch.no_grad()
 def compress(
     decoder: Decoder,
     method: Method,
@@ -40,16 +72,13 @@ def compress(
     command: str = "",
     overwrite: bool = False,
     resume: bool = True,
-    block_pass=BlockPass,
 ) -> list[dict]:
     """Run ``method`` over every block and write the checkpoint ``out``.
 
     Args:
         base: the model as the user named it.
-        windows: calibration token ids [N, T]; required when the method takes statistics.
+        windows: calibration token ids [N, T], for methods that look at data.
         calibration: dataset, nsamples, seqlen and seed, for the card.
-        block_pass: what changes a block and knows its inputs, :class:`BlockPass` or its like (made
-            of the same arguments, with the same ``compress`` and ``replay``).
 
     Returns:
         One row per linear: block, name, error, and what the method noted.
@@ -62,8 +91,8 @@ def compress(
     if stays:
         distributed.say(stays)
     if windows is not None:
-        _check_windows(decoder, windows)
-    conv1d = any(isinstance(m, Conv1D) for m in decoder.blocks.modules())
+        window_length(decoder.config, windows.shape[1])
+        corpora.check_token(int(windows.max()), decoder.config)
     quantization = None
     if method.layout != "dense":
         quantization = quantconfig.describe(method.grid, method.layout, method.actorder, [])
@@ -72,7 +101,6 @@ def compress(
         "method": method.name,
         "layout": method.layout,
         "dtype": precision.name(decoder.dtype),
-        "true_sequential": method.true_sequential,
         **method.settings,
         **(calibration or {}),
     }
@@ -88,22 +116,27 @@ def compress(
     shards = _open_shards(decoder, out, windows, identity, overwrite, resume)
 
     rows = []
+    begun = time.perf_counter()
     with shards.run.nothing_left():
-        blocks = block_pass(decoder, method, windows, conv1d, quantization)
+        streams = Streams(decoder, windows, method.streams, method.split)
         finished = distributed.broadcast_object(shards.finished)
         if finished:
             distributed.say(f"resuming: {finished} of {len(decoder)} blocks are done")
         for index in track(range(len(decoder)), method.name, len(decoder)):
             if index < finished:
                 tensors, block_rows = shards.read_block(index)
-                blocks.replay(index, tensors)
+                _replay(decoder, streams, index, tensors, method.layout, quantization)
+                del tensors
             else:
-                tensors, block_rows, side = blocks.compress(index)
-                block = (index, tensors, block_rows, side)
+                started = time.perf_counter()
+                hand = work_on(decoder, index, streams, method)
+                tensors, linear_bytes = result.tensors_of(hand, method.layout)
+                block_rows = result.rows_of(hand, linear_bytes)
+                block = (index, tensors, block_rows, result.side_of(hand))
                 distributed.lead(lambda b=block: shards.write_block(*b))
-                del block, side
+                del block, tensors, hand
+                _report(block_rows, index, len(decoder), started, begun, index + 1 - finished)
             decoder.release(index)
-            del tensors
             memory.give_back()
             rows += block_rows
 
@@ -115,14 +148,30 @@ def compress(
         "calibration": calibration,
         "dtype": precision.record(decoder.dtype, decoder.stored_dtype),
     }
-    finish = (decoder, method, shards, step, rows, conv1d, quantization, read_by)
-    distributed.lead(lambda: _finish(*finish))
+    parts = (decoder, method, shards, step, rows, quantization, read_by)
+    distributed.lead(lambda: result.finish(*parts))
     return rows
 
 
-def _check_windows(decoder: Decoder, windows: torch.Tensor) -> None:
-    window_length(decoder.config, windows.shape[1])
-    corpora.check_token(int(windows.max()), decoder.config)
+def work_on(decoder: Decoder, index: int, streams: Streams, method: Method) -> BlockInHand:
+    """Block ``index`` after every act of ``method``, its streams taken on behind it."""
+    hand = BlockInHand(decoder, index, streams, packs=method.layout not in formats.PRUNED_FORMATS)
+    for act in method.acts:
+        act(hand)
+    hand.advance()
+    return hand
+
+
+def _replay(decoder, streams: Streams, index: int, tensors, layout: str, quantization) -> None:
+    """Take the streams on behind a finished block, whose stored tensors these are."""
+    if not streams.inputs:
+        return
+    if streams.targets is not None:
+        decoder.load(index)
+        streams.look_ahead(index)
+    dense = decode_block(tensors, layout, quantization, decoder.stored_dtype, decoder.has_conv1d)
+    decoder.load(index, dense)
+    streams.advance(index)
 
 
 def _open_shards(decoder, out, windows, identity, overwrite, resume) -> Writer:
@@ -138,41 +187,15 @@ def _open_shards(decoder, out, windows, identity, overwrite, resume) -> Writer:
     return shards or Writer(out, len(decoder), {}, lead=False)
 
 
-def _with_matrices(model) -> Iterator[str]:
-    """The modules that hold matrices of their own and look nothing up: linears, routers, experts.
-    Readers take those that are not packed by name."""
-    for name, module in model.named_modules():
-        own = module.parameters(recurse=False)
-        if not isinstance(module, torch.nn.Embedding) and any(p.ndim > 1 for p in own):
-            yield name
-
-
-def _finish(decoder, method, shards, step, rows, conv1d, quantization, read_by) -> None:
-    """What lies outside the blocks, config, recipe, card and log; then the final name."""
-    source = decoder.weights.folder
-    if quantization and method.layout == "compressed-tensors":
-        done = {row["name"] for row in rows}
-        quantization["ignore"] = sorted(set(_with_matrices(decoder.model)) - done)
-        if conv1d:
-            # By name, not as "Linear": transformers, which has no packed Conv1D, then refuses
-            # the checkpoint, where it would fill it with random weights and a warning.
-            quantization["config_groups"]["group_0"]["targets"] = sorted(done)
-    config = config_for(source, decoder.stored_dtype, quantization, conv1d)
-    side_files.copy(source, shards.partial)
-    outer = decoder.outer_tensors()
-    written = sum(paths.tensor_bytes(shards.shard(1 + i)) for i in range(len(decoder)))
-    weights = max(sum(row["weights"] for row in rows), 1)
-    counted = ", scales and zero points counted" if method.grid else ""
-    sizes = {
-        f"bits per weight of these linears{counted}": 8 * sum(r["bytes"] for r in rows) / weights,
-        "MB on disk": (written + sum(t.nbytes for t in outer.values())) / 1e6,
-    }
-    if any("zeros" in row for row in rows):
-        sizes["% of these linears that are zero"] = 100 * sum(r["zeros"] for r in rows) / weights
-    texts = {
-        "recipe.yaml": card.recipe(source, step),
-        "README.md": card.model_card(step["base"], step, method.layout, sizes, read_by),
-        LOG: json.dumps({**step, **shards.run.made_by, "layers": rows}, indent=1) + "\n",
-    }
-    side = (method.side_file, method.side_note) if method.side_file else None
-    shards.finish(outer, config, texts, side)
+def _report(rows, index: int, blocks: int, started: float, begun: float, done: int) -> None:
+    if distributed.rank() or sys.stderr.isatty():
+        return
+    now = time.perf_counter()
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    mean = f", mean relative error {sum(errors) / len(errors):.3g}" if errors else ""
+    if errors and "before" in rows[0]:
+        mean += f" ({rows[0]['before']:.3g} before training)"
+    left = time_left(now - begun, done, done + blocks - index - 1)
+    distributed.say(
+        f"block {index + 1}/{blocks}: {now - started:.1f} s{mean}, peak {memory.peak()}, {left}"
+    )

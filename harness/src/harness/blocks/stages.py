@@ -11,6 +11,7 @@ restarting the block for every stage would run it up to four times. Each forward
 (one thread, no locks); what a paused forward keeps alive is what the rest of the block still reads.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -52,6 +53,17 @@ def find_stages(block: nn.Module, forward: Callable[[], object]) -> list[list[st
     return stages
 
 
+def _as_it_was(method):
+    """Gradients are on or off afterwards as before, though a forward may pause inside a no_grad."""
+
+    @functools.wraps(method)
+    def wrapped(*args):
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return method(*args)
+
+    return wrapped
+
+
 class PausedForwards:
     """Forwards of one block over many batches, advanced together from stage to stage.
 
@@ -81,6 +93,7 @@ class PausedForwards:
 
         return hook
 
+    @_as_it_was
     def inputs(self, stage: int, batch: int) -> torch.Tensor:
         """Advance ``batch`` to ``stage`` and return that stage's input [B, T, I]."""
         self.target = stage
@@ -97,6 +110,7 @@ class PausedForwards:
             worker.throw()
         return reached[1]
 
+    @_as_it_was
     def finish(self, batch: int) -> torch.Tensor:
         """Run ``batch`` to the end of the block and return the block's output."""
         self.target = len(self.hooks)
@@ -104,6 +118,7 @@ class PausedForwards:
         self.paused[batch] = None
         return worker.switch()
 
+    @_as_it_was
     def close(self) -> None:
         """Drop unfinished forwards and remove the hooks."""
         for worker in self.paused:

@@ -30,6 +30,18 @@ def command_line() -> str:
     return shlex.join([*words, *sys.argv[1:]])
 
 
+def training_step(method: str, settings, record: dict, *, nsamples: int, seqlen: int) -> dict:
+    """The step that a training command is: ``record`` of its settings (model, data and seed among
+    them), and what it was trained on."""
+    return {
+        "method": method, "base": settings.model, "command": command_line(), "settings": record,
+        "training": {
+            "dataset": settings.data, "nsamples": nsamples, "seqlen": seqlen,
+            "seed": settings.seed,
+        },
+    }  # fmt: skip
+
+
 def recipe(source: Path, step: dict) -> str:
     """recipe.yaml: the source's own steps, then this one."""
     return yaml.safe_dump({"steps": [*recipe_file.steps(source), step]}, sort_keys=False, width=100)

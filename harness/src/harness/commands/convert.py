@@ -3,49 +3,60 @@
 from pathlib import Path
 
 from harness import precision
-from harness.blocks import preflight, sequential
+from harness.blocks import preflight
 from harness.blocks.decoder import Decoder
-from harness.checkpoint import card, load, runs
+from harness.blocks.sequential import Method, Update, compress, per_stage
+from harness.checkpoint import load, runs
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 from harness.metrics import sparsity
 from harness.metrics.footprint import stored_size
 
 
-def convert(args) -> int:
-    """Body of `harness convert`; `args` as cli.py parses them. Prints both sizes; returns 0.
+def convert(
+    model: str,
+    layout: str,
+    *,
+    out: str | Path | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    command: str = "harness.commands.convert.convert(...)",
+) -> int:
+    """Body of `harness convert`: store `model` as `layout`. Prints both sizes; returns 0.
 
     Block by block and resumable, as every pass. The dense form of a packed checkpoint is what its
     codes stand for. Raises UserError where a bitmask would save nothing.
     """
-    folder = load.resolve(args.model)
-    out = Path(args.out or f"{Path(args.model).resolve().name}-{args.format}")
+    folder = load.resolve(model)
+    out = Path(out or f"{Path(model).resolve().name}-{layout}")
     decoder = Decoder(folder, dtype=Weights(folder).dtype)
-    precision.say_unused(args.dtype, decoder.stored_dtype)
-    preflight.check(decoder, None, args.format, out)
-    runs.claim(out, folder, args.overwrite, args.dry_run)
+    precision.say_unused(dtype, decoder.stored_dtype)
+    preflight.check(decoder, None, layout, out)
+    runs.claim(out, folder, overwrite, dry_run)
     before = stored_size(folder, decoder.config).disk_bytes
-    if args.format == "bitmask":
-        _check_worth(args.model, sparsity.of_checkpoint(folder))
-    if args.dry_run:
-        print(f"{args.model} ({before / 1e6:,.2f} MB) would be written to {out} as {args.format}")
+    if layout == "bitmask":
+        _check_worth(model, sparsity.of_checkpoint(folder))
+    if dry_run:
+        print(f"{model} ({before / 1e6:,.2f} MB) would be written to {out} as {layout}")
         return 0
-    sequential.compress(
+    compress(
         decoder,
-        sequential.Method("convert", {"format": args.format}, _unchanged, layout=args.format),
+        Method("convert", {"format": layout}, [per_stage(_unchanged)], (), layout=layout),
         out,
-        base=args.model,
-        command=card.command_line(),
-        overwrite=args.overwrite,
-        resume=args.resume,
+        base=model,
+        command=command,
+        overwrite=overwrite,
+        resume=resume,
     )
     after = stored_size(out, decoder.config).disk_bytes
     print(f"written to {out}: {after / 1e6:,.2f} MB, {before / 1e6:,.2f} MB before")
     return 0
 
 
-def _unchanged(matrices, statistics, where):
-    return {name: sequential.Update(matrix) for name, matrix in matrices.items()}
+def _unchanged(matrices, statistics, hand):
+    return {name: Update(matrix) for name, matrix in matrices.items()}
 
 
 def _check_worth(model: str, found: sparsity.Sparsity) -> None:

@@ -3,115 +3,24 @@ measures, and the rows it leaves in the table."""
 
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
 
-from harness import paths, precision
-from harness.checkpoint import formats, hashes, load, quantconfig
-from harness.checkpoint.load import context_length, window_length
-from harness.checkpoint.weights import Weights
+from harness import precision
+from harness.checkpoint import formats, hashes, load
+from harness.checkpoint.load import context_length
+from harness.commands.eval_subject import Step, Subject, short
 from harness.commands.report import row
 from harness.data import corpora
 from harness.errors import UserError
 from harness.generation import vllm_loading
 from harness.metrics import sparsity
-from harness.metrics.footprint import (
-    linear_shapes,
-    loaded_bits_per_weight,
-    memory_bytes,
-    stored_size,
-)
-
-
-@dataclass(frozen=True)
-class Step:
-    """`measure` returns (table rows, details); `settings` decide whether an old result still holds;
-    `tokens` is about how many the model will read, for the plan."""
-
-    key: str
-    settings: dict
-    plan: str
-    measure: Callable[[], tuple[list[dict], dict]]
-    tokens: int = 0
-
-
-class Subject:
-    """The model under evaluation; everything heavy is made when first asked for."""
-
-    def __init__(self, args):
-        self.args = args
-        self.folder: Path = load.resolve(args.model)
-        self.config = load.load_config(self.folder)
-        self.device = load.pick_device(args.device)
-        self.seqlen = window_length(self.config, args.seqlen)
-        quantization = paths.read_json(self.folder / "config.json").get("quantization_config")
-        # How the weights are stored, one of the formats or "other", which only vLLM measures.
-        self.layout = quantconfig.layout_of(quantization)
-        if self.layout == "other":
-            self.stored_dtype = self.config.dtype or precision.parse("float32")
-        else:
-            self.stored_dtype = Weights(self.folder).dtype
-        self.dtype = precision.choose(args.dtype, self.stored_dtype, self.device, args.model)
-        self.numerics = {
-            "dtype": precision.record(self.dtype, self.stored_dtype), "load": args.load,
-        }  # fmt: skip
-
-    @cached_property
-    def tokenizer(self):
-        return load.load_tokenizer(self.folder)
-
-    @cached_property
-    def model(self):
-        if self.args.block_by_block:
-            raise UserError("--block-by-block measures perplexity and divergence only")
-        return self.load(self.folder, self.args.load)
-
-    def load(self, folder: Path, how: str | None = None):
-        return load.load_model(folder, device=self.device, dtype=self.dtype, load=how)
-
-    @cached_property
-    def macs(self) -> dict[str, int]:
-        from harness.checkpoint.nonuniform import skeleton
-        from harness.metrics.macs import macs_per_token
-
-        return macs_per_token(skeleton(self.config), self.seqlen, linear_shapes(self.folder))
-
-    def stream(self, folder: Path, windows):
-        """(start, logits) of the checkpoint in `folder`, a block in memory at a time."""
-        from harness.blocks.decoder import stream_logits
-
-        return stream_logits(folder, windows, device=self.device, dtype=self.dtype, batch_size=1)
-
-    def windows(self, dataset: str, bos: bool = False):
-        """Token windows int64 [N, T] of an evaluation text, and how it was cut."""
-        windows = corpora.evaluation(
-            self.tokenizer, dataset, seqlen=self.seqlen, limit=self.args.limit, bos=bos
-        )
-        corpora.check_token(int(windows.max()), self.config)
-        headed = ", BOS at the head of each" if bos else ""
-        return (
-            windows,
-            f"{corpora.protocol(dataset)}, seqlen {self.seqlen}, non-overlapping{headed}",
-        )
-
-    def with_bos(self, dataset: str, windows, logits):
-        """The same with BOS at the heads, where --bos wants it: see
-        :func:`harness.blocks.calibration.choose`, which asks for ``logits`` of some windows."""
-        from harness.blocks.calibration import choose
-
-        return self.windows(dataset, choose(self.args.bos, self.tokenizer, windows, logits))
-
-
-def short(dataset: str) -> str:
-    """A dataset's name, or a path's last part."""
-    return Path(dataset).name
+from harness.metrics.footprint import loaded_bits_per_weight, memory_bytes, stored_size
 
 
 def footprint_step(subject: Subject, loads: bool) -> Step:
     """Sizes; `loads` says that another step loads the whole model anyway, so memory is known."""
-    load = subject.args.load
+    load = subject.settings.load
 
     def measure():
         size = stored_size(subject.folder, subject.config)
@@ -166,14 +75,9 @@ def _zeros_rows(layout: str, zeros: sparsity.Sparsity, disk: int) -> list[dict]:
     saved = zeros.dense_bytes - zeros.bitmask_bytes
     other = "bitmask" if layout == "dense" else "dense"
     size = disk - saved if layout == "dense" else disk + saved
+    protocol = "of the blocks' linears; no engine here runs faster for them"
     return [
-        row(
-            "zeros %",
-            100 * zeros.share,
-            2,
-            protocol="of the blocks' linears; no engine here runs faster for them",
-            main=True,
-        ),
+        row("zeros %", 100 * zeros.share, 2, protocol=protocol, main=True),
         row(f"MB as {other}", size / 1e6, 2, protocol=f"by harness convert --format {other}"),
     ]
 
@@ -182,13 +86,13 @@ def perplexity_step(subject: Subject, dataset: str) -> Step:
     from harness.losses.nll import perplexity_of_logits
     from harness.metrics.perplexity import model_logits
 
-    args = subject.args
+    asked = subject.settings
     windows, text = subject.windows(dataset)
 
     def logits(some):
-        if args.block_by_block:
+        if asked.block_by_block:
             return subject.stream(subject.folder, some)
-        return model_logits(subject.model, some, args.batch_size or 1)
+        return model_logits(subject.model, some, asked.batch_size or 1)
 
     def measure():
         chosen, text = subject.with_bos(dataset, windows, logits)
@@ -203,7 +107,7 @@ def perplexity_step(subject: Subject, dataset: str) -> Step:
 
     settings = {
         **subject.numerics, "protocol": f"token perplexity, {text}", "windows": len(windows),
-        "tokens": hashes.tokens_hash(windows), "bos": args.bos,
+        "tokens": hashes.tokens_hash(windows), "bos": asked.bos,
     }  # fmt: skip
     plan = f"{len(windows)} windows of {subject.seqlen} tokens, {corpora.protocol(dataset)}"
     return Step(f"ppl:{dataset}", settings, plan, measure, windows.numel())
@@ -212,13 +116,13 @@ def perplexity_step(subject: Subject, dataset: str) -> Step:
 def choice_step(subject: Subject, dataset: str) -> Step:
     from harness.metrics import multiple_choice
 
-    args = subject.args
+    asked = subject.settings
     questions = corpora.questions(dataset)
-    if args.limit and args.limit < len(questions):
-        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
+    if asked.limit and asked.limit < len(questions):
+        questions = [questions[i * len(questions) // asked.limit] for i in range(asked.limit)]
 
     def measure():
-        batch = args.batch_size or 16
+        batch = asked.batch_size or 16
         result = multiple_choice.score(subject.model, subject.tokenizer, questions, batch)
         samples = f"{result['n']} questions, chance {100 * result['chance']:.0f} %"
         how = {"better": "higher", "samples": samples, "protocol": multiple_choice.PROTOCOL}
@@ -228,32 +132,27 @@ def choice_step(subject: Subject, dataset: str) -> Step:
         ]
         return rows, result
 
-    asked = hashes.text_hash(repr(questions))
-    settings = {**subject.numerics, "questions": len(questions), "content": asked}
+    content = hashes.text_hash(repr(questions))
+    settings = {**subject.numerics, "questions": len(questions), "content": content}
     return Step(f"choice:{dataset}", settings, f"{len(questions)} questions", measure)
 
 
 def mmlu_step(subject: Subject) -> Step:
     from harness.metrics import mmlu, mmlu_data
 
-    args = subject.args
-    source = None if args.mmlu == "hub" else args.mmlu
-    subjects = mmlu_data.take(mmlu_data.read(source), args.limit)
-    shots = mmlu.PROMPTS[args.mmlu_prompt] if args.shots is None else args.shots
+    asked = subject.settings
+    source = None if asked.mmlu == "hub" else asked.mmlu
+    subjects = mmlu_data.take(mmlu_data.read(source), asked.limit)
+    shots = mmlu.PROMPTS[asked.mmlu_prompt] if asked.shots is None else asked.shots
     window = min(mmlu.WINDOW, context_length(subject.config) or mmlu.WINDOW)
     count = sum(len(s.questions) for s in subjects)
 
     def measure():
         result = mmlu.mmlu(
-            subject.model,
-            subject.tokenizer,
-            subjects,
-            shots=shots,
-            prompt=args.mmlu_prompt,
-            window=window,
-            batch_size=args.batch_size or 8,
-        )
-        protocol = f"{shots}-shot, {args.mmlu_prompt} prompt, window {window}"
+            subject.model, subject.tokenizer, subjects, shots=shots, prompt=asked.mmlu_prompt,
+            window=window, batch_size=asked.batch_size or 8,
+        )  # fmt: skip
+        protocol = f"{shots}-shot, {asked.mmlu_prompt} prompt, window {window}"
         if result["fewer_shots"]:
             protocol += f"; {result['fewer_shots']} questions with fewer shots"
         if result["cut"]:
@@ -268,13 +167,9 @@ def mmlu_step(subject: Subject) -> Step:
         return rows, result
 
     settings = {
-        **subject.numerics,
-        "questions": count,
-        "content": hashes.text_hash(repr(subjects)),
-        "shots": shots,
-        "prompt": args.mmlu_prompt,
-        "window": window,
-    }
+        **subject.numerics, "questions": count, "content": hashes.text_hash(repr(subjects)),
+        "shots": shots, "prompt": asked.mmlu_prompt, "window": window,
+    }  # fmt: skip
     plan = f"{count} questions of {len(subjects)} subjects, {shots} shots"
     return Step("mmlu", settings, plan, measure, count * window)
 
@@ -282,32 +177,25 @@ def mmlu_step(subject: Subject) -> Step:
 def tasks_step(subject: Subject) -> Step:
     from harness.metrics import tasks
 
-    args = subject.args
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    asked = subject.settings
+    names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     tasks.check(names)
 
     def measure():
-        batch = args.batch_size or 8
+        batch = asked.batch_size or 8
         results = tasks.zero_shot(
-            subject.model, subject.tokenizer, names, limit=args.limit, batch_size=batch
+            subject.model, subject.tokenizer, names, limit=asked.limit, batch_size=batch
         )
         rows, firsts = [], []
         for name, result in results.items():
             first = "acc_norm" if "acc_norm" in result else "acc"
-            for metric in ("acc", "acc_norm"):
-                if metric in result:
-                    samples = f"{result['n']} questions"
-                    protocol = f"lm-eval task version {result['version']}, 0-shot"
-                    line = row(
-                        f"{name} {metric} %",
-                        100 * result[metric],
-                        2,
-                        better="higher",
-                        samples=samples,
-                        protocol=protocol,
-                        main=metric == first,
-                    )
-                    rows.append(line)
+            how = {"better": "higher", "samples": f"{result['n']} questions"}
+            how["protocol"] = f"lm-eval task version {result['version']}, 0-shot"
+            rows += [
+                row(f"{name} {metric} %", 100 * result[metric], 2, main=metric == first, **how)
+                for metric in ("acc", "acc_norm")
+                if metric in result
+            ]
             if first in result:
                 firsts.append(result[first])
         if len(firsts) > 1:
@@ -318,7 +206,7 @@ def tasks_step(subject: Subject) -> Step:
         return rows, results
 
     settings = {
-        **subject.numerics, "tasks": names, "limit": args.limit, "lm_eval": tasks.version(),
+        **subject.numerics, "tasks": names, "limit": asked.limit, "lm_eval": tasks.version(),
     }  # fmt: skip
     return Step("tasks", settings, f"lm-eval: {', '.join(names)}", measure)
 
@@ -326,24 +214,24 @@ def tasks_step(subject: Subject) -> Step:
 def divergence_step(subject: Subject, dataset: str) -> Step:
     from harness.metrics import distance
 
-    args = subject.args
-    dense = load.resolve(args.divergence_from)
+    asked = subject.settings
+    dense = load.resolve(asked.divergence_from)
     windows, text = subject.windows(dataset)
 
     def measure():
         from harness.metrics.perplexity import model_logits
 
-        if args.block_by_block:
-            asked = partial(subject.stream, dense)
-            chosen, text = subject.with_bos(dataset, windows, asked)
+        if asked.block_by_block:
+            logits = partial(subject.stream, dense)
+            chosen, text = subject.with_bos(dataset, windows, logits)
             streams = [subject.stream(folder, chosen) for folder in (dense, subject.folder)]
             result = distance.compare_logits(*streams, windows=len(chosen))
         else:
             teacher = subject.load(dense)
             chosen, text = subject.with_bos(dataset, windows, partial(model_logits, teacher))
-            result = distance.compare_models(teacher, subject.model, chosen, args.batch_size or 1)
+            result = distance.compare_models(teacher, subject.model, chosen, asked.batch_size or 1)
         how = {"samples": f"{len(chosen)} windows", "protocol": f"per token, {text}"}
-        name = short(args.divergence_from)
+        name = short(asked.divergence_from)
         low, high = {"better": "lower", **how}, {"better": "higher", **how}
         rows = [
             row(f"KL from {name}, nats", result.forward_kl, 5, main=True, **low),
@@ -354,9 +242,9 @@ def divergence_step(subject: Subject, dataset: str) -> Step:
 
     settings = {**subject.numerics, "text": text, "windows": len(windows)}
     settings |= {
-        "tokens": hashes.tokens_hash(windows), "bos": args.bos, "dense": hashes.of_model(dense),
+        "tokens": hashes.tokens_hash(windows), "bos": asked.bos, "dense": hashes.of_model(dense),
     }  # fmt: skip
-    plan = f"{len(windows)} windows of {subject.seqlen} tokens against {args.divergence_from}"
+    plan = f"{len(windows)} windows of {subject.seqlen} tokens against {asked.divergence_from}"
     return Step("divergence", settings, plan, measure, 2 * windows.numel())
 
 
@@ -365,28 +253,28 @@ def speed_step(subject: Subject) -> Step:
 
     from harness.metrics import speed
 
-    args = subject.args
+    asked = subject.settings
     prompt, new = speed.lengths(context_length(subject.config))
-    batch = args.batch_size or 1
-    if args.engine == "vllm" and args.load:
+    batch = asked.batch_size or 1
+    if asked.engine == "vllm" and asked.load:
         raise UserError("--load is for --engine transformers; vLLM reads the checkpoint itself")
-    if args.engine == "vllm" and subject.layout == "bitmask":
+    if asked.engine == "vllm" and subject.layout == "bitmask":
         raise UserError(
             f"vLLM does not read bitmask checkpoints; make it dense first: harness convert "
-            f"{args.model} --format dense --out DENSE"
+            f"{asked.model} --format dense --out DENSE"
         )
-    if args.engine == "vllm":
+    if asked.engine == "vllm":
         vllm_loading.check(subject.folder)
 
     def measure():
-        sizes = {"batch_size": batch, "prompt": prompt, "new": new, "seed": args.seed}
-        if args.engine == "vllm":
-            dtype = args.dtype if subject.layout != "dense" else precision.name(subject.dtype)
+        sizes = {"batch_size": batch, "prompt": prompt, "new": new, "seed": asked.seed}
+        if asked.engine == "vllm":
+            dtype = asked.dtype if subject.layout != "dense" else precision.name(subject.dtype)
             result = speed.measure_vllm(subject.folder, dtype=dtype, **sizes)
         else:
             result = speed.measure(subject.model, **sizes)
-        protocol = f"{args.engine} on {result.device}, batch {batch}, median of {result.repeats}"
-        if args.engine == "transformers" and subject.layout not in formats.PRUNED_FORMATS:
+        protocol = f"{asked.engine} on {result.device}, batch {batch}, median of {result.repeats}"
+        if asked.engine == "transformers" and subject.layout not in formats.PRUNED_FORMATS:
             protocol += "; weights dequantized on load, so as slow as dense"
         share = 100 * result.read_gb_s / result.copy_gb_s
         step_ms = 1e3 * batch / result.decode_tokens_s
@@ -412,14 +300,9 @@ def speed_step(subject: Subject) -> Step:
         return rows, result.as_dict() | {"decode_ms_token": step_ms, "generation_s": seconds}
 
     settings = {
-        **subject.numerics,
-        "engine": args.engine,
-        "device": subject.device,
-        "batch_size": batch,
-        "prompt": prompt,
-        "new": new,
-        "seed": args.seed,
+        **subject.numerics, "engine": asked.engine, "device": subject.device, "batch_size": batch,
+        "prompt": prompt, "new": new, "seed": asked.seed,
         "machine": [platform.node(), platform.machine(), os.cpu_count(), torch.get_num_threads()],
-    }
-    plan = f"{args.engine}, prompt {prompt}, {new} new tokens, batch {batch}"
+    }  # fmt: skip
+    plan = f"{asked.engine}, prompt {prompt}, {new} new tokens, batch {batch}"
     return Step("speed", settings, plan, measure)

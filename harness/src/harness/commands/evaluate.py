@@ -13,9 +13,8 @@ from pathlib import Path
 from harness import distributed, paths, precision
 from harness.checkpoint import card, recipe, runs
 from harness.commands import report
+from harness.commands.eval_settings import EvalSettings
 from harness.commands.eval_steps import (
-    Step,
-    Subject,
     choice_step,
     divergence_step,
     footprint_step,
@@ -24,34 +23,35 @@ from harness.commands.eval_steps import (
     speed_step,
     tasks_step,
 )
+from harness.commands.eval_subject import Step, Subject
 from harness.errors import UserError
 
 DEFAULT_TEXT = "stdlib"
 DEFAULT_QUIZ = "stdlib-quiz"
 
 
-def evaluate(args) -> int:
-    """Body of `harness eval`; `args` as cli.py parses them. Prints the table; returns 0."""
-    _check(args)
+def evaluate(settings: EvalSettings) -> int:
+    """Body of `harness eval`. Prints the table; returns 0."""
+    _check(settings)
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    subject = Subject(args)
-    name = Path(args.model).resolve().name + (f"-{args.load}" if args.load else "")
-    path = results_path(args, subject.folder, name)
+    subject = Subject(settings)
+    name = Path(settings.model).resolve().name + (f"-{settings.load}" if settings.load else "")
+    path = results_path(settings.out, settings.model, subject.folder, name, settings.load)
     paths.check_place(path)
-    if not args.dry_run:
+    if not settings.dry_run:
         runs.RunFolder(path, kind=None).hold()
-    results = open_results(path, name, subject.folder, args.overwrite)
+    results = open_results(path, name, subject.folder, settings.overwrite)
     steps = plan(subject)
-    if args.dry_run:
+    if settings.dry_run:
         print(describe(subject, steps, path))
         return 0
     for step in steps:
-        settings = json.loads(json.dumps(step.settings))
+        asked = json.loads(json.dumps(step.settings))
         old = results["metrics"].get(step.key)
-        if old and args.resume and old["settings"] == settings:
+        if old and settings.resume and old["settings"] == asked:
             print(
                 f"{step.key}: measured before, kept (--overwrite measures again)", file=sys.stderr
             )
@@ -59,7 +59,7 @@ def evaluate(args) -> int:
         start = time.perf_counter()
         rows, details = step.measure()
         results["metrics"][step.key] = {
-            "settings": settings,
+            "settings": asked,
             "seconds": round(time.perf_counter() - start, 3),
             "rows": rows,
             "details": details,
@@ -67,7 +67,7 @@ def evaluate(args) -> int:
         }
         report.save(results, path)
     print(f"{report.markdown(results)}\n{report.dtypes(results)}")
-    if args.mmlu and "mmlu" in results["metrics"]:
+    if settings.mmlu and "mmlu" in results["metrics"]:
         print("\n" + report.accuracy_table(results["metrics"]["mmlu"]["details"]["subjects"]))
     if path.parent == subject.folder and report.update_card(subject.folder, results):
         print(f"\nresults: {path}, and the Evaluation section of {subject.folder / 'README.md'}")
@@ -76,60 +76,60 @@ def evaluate(args) -> int:
     return 0
 
 
-def _check(args) -> None:
+def _check(settings: EvalSettings) -> None:
     """Refuse what cannot be before anything is read."""
     whole = {
-        "--mmlu": args.mmlu,
-        "--choice": args.choice is not None,
-        "--tasks": args.tasks,
-        "--speed": args.speed and args.engine == "transformers",
-        "--load": args.load,
+        "--mmlu": settings.mmlu,
+        "--choice": settings.choice is not None,
+        "--tasks": settings.tasks,
+        "--speed": settings.speed and settings.engine == "transformers",
+        "--load": settings.load,
     }
     asked = [flag for flag, value in whole.items() if value]
-    if args.block_by_block and asked:
+    if settings.block_by_block and asked:
         raise UserError(
             f"--block-by-block measures perplexity and divergence only; leave out {asked[0]}"
         )
-    for flag in ("limit", "batch_size"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected 1 or more")
-    if args.shots is not None and args.shots < 0:
-        raise UserError(f"--shots {args.shots}: expected 0 or more")
 
 
 def plan(subject: Subject) -> list[Step]:
     """All steps asked for, data resolved; with no metric named, perplexity on the stdlib corpus."""
-    args = subject.args
-    named = (args.ppl, args.choice, args.mmlu, args.tasks, args.divergence_from)
-    texts = args.ppl
-    if texts == [] or (all(flag is None for flag in named) and not args.speed):
+    asked = subject.settings
+    named = (asked.ppl, asked.choice, asked.mmlu, asked.tasks, asked.divergence_from)
+    texts = asked.ppl
+    if texts == [] or (all(flag is None for flag in named) and not asked.speed):
         texts = [DEFAULT_TEXT]
     texts = texts or []
-    quizzes = [DEFAULT_QUIZ] if args.choice == [] else args.choice or []
+    quizzes = [DEFAULT_QUIZ] if asked.choice == [] else asked.choice or []
     steps = [perplexity_step(subject, text) for text in texts]
     steps += [choice_step(subject, quiz) for quiz in quizzes]
-    if args.mmlu:
+    if asked.mmlu:
         steps.append(mmlu_step(subject))
-    if args.tasks:
+    if asked.tasks:
         steps.append(tasks_step(subject))
-    if args.divergence_from:
+    if asked.divergence_from:
         steps.append(divergence_step(subject, texts[0] if texts else DEFAULT_TEXT))
-    if args.speed:
+    if asked.speed:
         steps.append(speed_step(subject))
-    only_vllm = args.speed and args.engine == "vllm" and len(steps) == 1
-    sizes = footprint_step(subject, loads=not (args.block_by_block or only_vllm))
+    only_vllm = asked.speed and asked.engine == "vllm" and len(steps) == 1
+    sizes = footprint_step(subject, loads=not (asked.block_by_block or only_vllm))
     # vLLM last: it takes what memory it finds.
     return [sizes, *steps]
 
 
-def results_path(args, folder: Path, name: str) -> Path:
-    """--out; else results.json in a checkpoint folder of ours; else results/NAME.json here."""
-    if args.out:
-        path = Path(args.out)
+def results_path(
+    out: str | None, model: str, folder: Path, name: str, load: str | None = None
+) -> Path:
+    """`out`; else results.json in a checkpoint folder of ours; else results/NAME.json here.
+
+    Args:
+        model, folder: as the user names it, and where it is. load: how it is quantized on load.
+    """
+    if out:
+        path = Path(out)
         return path / "results.json" if path.is_dir() else path
-    ours = Path(args.model).is_dir() and recipe.is_ours(folder)
-    if ours and not args.load and os.access(folder, os.W_OK):
+    ours = Path(model).is_dir() and recipe.is_ours(folder)
+    if ours and not load and os.access(folder, os.W_OK):
         return folder / "results.json"
     return Path("results") / f"{name}.json"
 
@@ -162,7 +162,7 @@ def describe(subject: Subject, steps: list[Step], path: Path) -> str:
     size = parameters * subject.dtype.itemsize / 1e9
     logits = subject.seqlen * subject.config.get_text_config().vocab_size * 4 / 1e9
     lines = [
-        f"model {subject.args.model}: {parameters / 1e6:,.1f} M parameters, "
+        f"model {subject.settings.model}: {parameters / 1e6:,.1f} M parameters, "
         f"{precision.name(subject.dtype)} on {subject.device}",
         f"memory: about {size:.2f} GB of weights (one block of them with --block-by-block) + "
         f"{logits:.2f} GB of logits per window",

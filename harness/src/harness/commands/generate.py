@@ -6,7 +6,7 @@ import sys
 import textwrap
 import time
 
-from harness.checkpoint import load
+from harness.checkpoint.load import context_length, load_model, load_tokenizer, resolve
 from harness.data import corpora
 from harness.errors import UserError
 
@@ -14,29 +14,41 @@ NARROWEST = 36  # columns of text that still read well
 GAP = "  "
 
 
-def generate(args) -> int:
-    """Body of `harness generate`; `args` as cli.py parses them. Prints the texts; returns 0.
+def generate(
+    models: list[str],
+    prompts: list[str] | None = None,
+    *,
+    max_new_tokens: int = 64,
+    load: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> int:
+    """Body of `harness generate`: continuations of `prompts` (default: three functions of the
+    stdlib corpus) by all models. Prints the texts; returns 0.
 
     Greedy, one model in memory at a time. Raises UserError where a prompt and its continuation do
     not fit a model's context.
     """
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: expected 1 or more")
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    folders = [load.resolve(model) for model in args.models]
-    prompts = args.prompt or default_prompts()
-    said = [
-        continuations(model, folder, prompts, args)
-        for model, folder in zip(args.models, folders, strict=True)
-    ]
+    folders = [resolve(model) for model in models]
+    prompts = prompts or default_prompts()
+    written = [
+        continuations(
+            load_model(model, device=device, dtype=dtype, load=load), folder, prompts,
+            max_new_tokens,
+        )
+        for model, folder in zip(models, folders, strict=True)
+    ]  # fmt: skip
     width = shutil.get_terminal_size((100, 24)).columns
     for number, prompt in enumerate(prompts):
         answers = [
             (f"{model} ({texts[number][1]:.1f} tokens/s)", texts[number][0])
-            for model, texts in zip(args.models, said, strict=True)
+            for model, texts in zip(models, written, strict=True)
         ]
         print(f"=== {prompt}\n{layout(answers, width)}\n")
     return 0
@@ -44,8 +56,6 @@ def generate(args) -> int:
 
 def default_prompts() -> list[str]:
     """The heads, with their docstrings, of three functions of the stdlib corpus."""
-    from harness.data import corpora
-
     questions = corpora.questions("stdlib-quiz")
     chosen = [questions[i * len(questions) // 3]["question"] for i in range(3)]
     # A question shows some lines before the function, too: what comes last is its head.
@@ -53,20 +63,18 @@ def default_prompts() -> list[str]:
     return [textwrap.dedent(text[start:]) for text, start in zip(chosen, heads, strict=True)]
 
 
-def continuations(name: str, folder, prompts: list[str], args) -> list[tuple[str, float]]:
-    """(text, tokens per second) of the model `name` in `folder` after every prompt.
+def continuations(model, folder, prompts: list[str], count: int) -> list[tuple[str, float]]:
+    """(text, tokens per second) of `model`, whose tokenizer is in `folder`, after every prompt:
+    `count` tokens, unless the model ends earlier.
 
     The time is that of the whole call, the prompt's forward pass with it.
     """
     import torch
     from transformers import GenerationConfig
 
-    from harness.checkpoint.load import context_length
-
-    tokenizer = load.load_tokenizer(folder)
-    model = load.load_model(name, device=args.device, dtype=args.dtype, load=args.load)
+    tokenizer = load_tokenizer(folder)
     settings = GenerationConfig(
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=count,
         do_sample=False,
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=0,
@@ -79,9 +87,9 @@ def continuations(name: str, folder, prompts: list[str], args) -> list[tuple[str
         if not length:
             raise UserError("an empty prompt gives this model nothing to go on; name some text")
         corpora.check_token(int(ids.max()), model.config)
-        if context and length + args.max_new_tokens > context:
+        if context and length + count > context:
             raise UserError(
-                f"a prompt of {length} tokens and {args.max_new_tokens} new ones exceed the "
+                f"a prompt of {length} tokens and {count} new ones exceed the "
                 f"context of {folder}, {context}; shorten --prompt or --max-new-tokens"
             )
         inputs = {"attention_mask": torch.ones_like(ids), "generation_config": settings}

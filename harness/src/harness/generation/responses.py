@@ -72,18 +72,26 @@ def respond(
 
 
 def open_engine(
-    args, folder, device: str, tokenizer, sampling: Sampling, longest: int, gpus: int | None = None
+    engine: str,
+    folder,
+    tokenizer,
+    sampling: Sampling,
+    longest: int,
+    *,
+    dtype: str,
+    device: str,
+    gpus: int | None = None,
 ) -> Ask:
-    """The engine of --engine, with the model at ``folder`` in it; ``longest`` tokens at most, with
-    the prompt; in vLLM on ``gpus`` GPUs (None: on all). --dtype is resolved
+    """The engine "transformers" or "vllm" with the model at ``folder`` in it; ``longest`` tokens at
+    most, with the prompt; in vLLM on ``gpus`` GPUs (None: on all). ``dtype`` is resolved
     (:func:`harness.generation.vllm_loading.dtype_for`)."""
-    if args.engine == "vllm":
-        return vllm_engine(folder, tokenizer, sampling, longest, args.dtype, gpus)
+    if engine == "vllm":
+        return vllm_engine(folder, tokenizer, sampling, longest, dtype, gpus)
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    model = load.load_model(folder, device=device, dtype=args.dtype)
+    model = load.load_model(folder, device=device, dtype=dtype)
     return transformers_engine(model, tokenizer, sampling)
 
 

@@ -17,7 +17,7 @@ from harness.losses.nll import Perplexity, perplexity_of_logits
 def model_logits(model, windows: Tensor, batch_size: int = 1) -> Iterator[tuple[int, Tensor]]:
     """(start, logits [B, T, V] in the model's dtype) for windows [N, T], B at a time.
 
-    The same form as `decoder.stream_logits`, for a model that is whole in memory.
+    The same form as `streams.stream_logits`, for a model that is whole in memory.
     """
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(model.device)

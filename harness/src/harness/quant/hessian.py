@@ -55,6 +55,28 @@ class Hessian:
         return lower + lower.tril(-1).T
 
 
+class GroupMoments:
+    """Second moments of every group's inputs: the blocks on the diagonal of the layer's Hessian."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu", group_size: int = -1):
+        self.width = columns if group_size == -1 else group_size
+        self.groups = [Hessian(self.width, device) for _ in range(columns // self.width)]
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs [..., I] of any float dtype."""
+        for group, part in zip(self.groups, inputs.split(self.width, dim=-1), strict=True):
+            group.add(part)
+
+    def reduce(self) -> None:
+        """Sum over the ranks of the process group, if there is one."""
+        for group in self.groups:
+            group.reduce()
+
+    def mean(self) -> torch.Tensor:
+        """[G, g, g] float32; frees the running sums."""
+        return torch.stack([group.mean() for group in self.groups])
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """leftᵀ @ right in float32. On CUDA 16-bit inputs go through the tensor cores: products of two
     16-bit floats are exact in float32, so nothing is lost against converting first."""

@@ -160,6 +160,13 @@ def group():
         yield
 
 
+def on_lead(run: Callable, settings):
+    """``run(settings)`` inside :func:`group`: what it returns on rank 0, None on the others."""
+    with group():
+        result = run(settings)
+        return result if distributed.rank() == 0 else None
+
+
 @contextmanager
 def memory_knobs():
     """Inside (or in a function so decorated), a GPU out of memory is a UserError that says what
@@ -194,11 +201,9 @@ def start(model: torch.nn.Module, training: Training):
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=training.betas,
-        eps=training.eps,
-    )
+        [group for group in groups if group["params"]], lr=training.learning_rate,
+        betas=training.betas, eps=training.eps,
+    )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(training, step))
     short = dtype != torch.float32
     # DeepSpeed's own optimizer for 16-bit weights without ZeRO strays from float32's way three
@@ -213,25 +218,19 @@ def start(model: torch.nn.Module, training: Training):
     config = {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": training.accumulate,
-        "gradient_clipping": training.clip,
-        "zero_optimization": zero,
+        "gradient_clipping": training.clip, "zero_optimization": zero,
         # torch's AdamW: DeepSpeed's own are compiled on first use, for minutes.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 2**31,
-    }
+    }  # fmt: skip
     if short and training.accumulate > 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     with redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            config=config,
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=config,
             dist_init_required=False,
-        )
+        )  # fmt: skip
     return engine
 
 
@@ -393,23 +392,23 @@ def rounded(engine, names: list[str], dtype: torch.dtype):
 
 
 @contextmanager
-def whole_weights(engine):
-    """Inside, every rank's ``engine.module`` holds its full weights, and ranks may call it as often
-    as each likes: for generation. No gradients there."""
-    if engine.zero_optimization_stage() < 3:
+def whole_weights(model: torch.nn.Module):
+    """Inside, every rank's ``model``, an engine's, holds its full weights, and ranks may call it as
+    often as each likes: for generation. No gradients there."""
+    if not any(hasattr(p, "ds_tensor") for p in model.parameters()):  # as at ZeRO-3
         with torch.no_grad():
-            yield engine.module
+            yield model
         return
     import deepspeed
 
     # ZeRO-3's hooks would give weights back after each layer, and fetch them with the other ranks.
     hooks = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(m, name, getattr(m, name)) for m in engine.module.modules() for name in hooks]
-    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+    kept = [(m, name, getattr(m, name)) for m in model.modules() for name in hooks]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(model.parameters())):
         try:
             for module, name, _ in kept:
                 setattr(module, name, OrderedDict())
-            yield engine.module
+            yield model
         finally:
             for module, name, value in kept:
                 setattr(module, name, value)

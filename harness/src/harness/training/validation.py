@@ -114,7 +114,7 @@ def rouge(
     references = tokenizer.batch_decode(answers, skip_special_tokens=True)
     groups = responses.batches(prompts, batch)
     score = 0.0
-    with engine.whole_weights(running) as model:
+    with engine.whole_weights(running.module) as model:
         ask = responses.transformers_engine(model, tokenizer, sampling)
         for group, said in responses.respond(ask, prompts, seed, groups, "responses"):
             texts = tokenizer.batch_decode(said, skip_special_tokens=True)

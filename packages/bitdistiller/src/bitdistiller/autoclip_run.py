@@ -16,15 +16,16 @@ import torch
 
 from bitdistiller import clip_file, result
 from harness import distributed, locks, paths, precision
-from harness.blocks import calibration, preflight, sequential
 from harness.blocks.decoder import Decoder
-from harness.checkpoint import formats, load, runs
+from harness.blocks.job import Job, claim, draw, open_decoder, run
+from harness.blocks.plan import OF_WEIGHTS, paused_bytes
+from harness.blocks.sequential import Method, Update, per_stage
+from harness.checkpoint import formats, load
 from harness.checkpoint.load import window_length
-from harness.checkpoint.weights import Weights
 from harness.errors import Finished, UserError
 from harness.quant.clip_search import clamp, full_range, output_energy, search, work
 from harness.quant.grid import Grid, nearest
-from harness.quant.hessian import Hessian
+from harness.quant.hessian import GroupMoments
 from harness.quant.normal_float import NormalFloat
 from harness.quant.normal_float import nearest as nearest_level
 
@@ -80,60 +81,40 @@ def clip(
     grid = make_grid(w_bit, q_group_size, quant_type)
     format = _check_format(format, quant_type)
     dump_clip = _check_dump(dump_clip, Path(out), overwrite)
-    device = distributed.start(load.pick_device(device))
-    folder = load.resolve(model)
-    result.check_dense(folder)
-    decoder = open_decoder(model, folder, device, dtype)
-    decoder.ignore(ignore)
-    # Before the data, which may have to be downloaded and take minutes to tokenize.
-    preflight.check(decoder, grid, format, Path(out))
-    runs.claim(Path(out), folder, overwrite, dry_run)
+    job = Job(model, out, device, dtype, seed, ignore, bos, overwrite, resume, dry_run, command)
+    result.check_dense(load.resolve(model))
+    decoder = open_decoder(job, trains=True)
+    claim(job, decoder, grid, format)
     if seqlen is None:
         seqlen = min(SEQLEN, window_length(decoder.config))
-    windows, calibrated = calibration.draw(
-        decoder,
-        dataset,
-        nsamples=n_samples,
-        seqlen=seqlen,
-        seed=seed,
-        bos="none" if dry_run else bos,
-    )
-    method = sequential.Method(
+    drawn = draw(job, decoder, dataset, n_samples, seqlen)
+    update = _update(grid, decoder, formats.scale_dtype(format, decoder.stored_dtype))
+    moments = partial(GroupMoments, group_size=q_group_size)
+    method = Method(
         "autoclip",
-        {"w_bit": grid.bits, "q_group_size": q_group_size, "quant_type": quant_type}
-        | ({"ignore": list(ignore)} if ignore else {}),
-        _update(grid, decoder, formats.scale_dtype(format, decoder.stored_dtype)),
-        lambda columns, device: GroupMoments(columns, device, grid),
+        {"w_bit": grid.bits, "q_group_size": q_group_size, "quant_type": quant_type},
+        [per_stage(update, moments)],
         layout=format,
         grid=grid if isinstance(grid, Grid) else None,
         side_file=clip_file.FILE,
-        side_note=clip_file.note(folder, grid),
+        side_note=clip_file.note(decoder.weights.folder, grid),
     )
-    if dry_run:
-        from harness.blocks.plan import print_plan
 
-        def side(rows: int, columns: int) -> int:
-            groups = columns // grid.columns_per_group(columns)
-            return 2 * rows * groups * decoder.stored_dtype.itemsize
+    def side(rows: int, columns: int) -> int:
+        groups = columns // grid.columns_per_group(columns)
+        return 2 * rows * groups * decoder.stored_dtype.itemsize
 
-        print_plan(decoder, method, out, windows.numel(), partial(_cost, grid), side)
-        return []
     try:
-        rows = sequential.compress(
-            decoder, method, Path(out), base=model, windows=windows, calibration=calibrated,
-            command=command, overwrite=overwrite, resume=resume,
-        )  # fmt: skip
+        rows = run(job, decoder, method, drawn, cost=partial(_cost, grid), side=side)
     except Finished:
-        _dump(Path(out), dump_clip)  # the run that finished may have been killed before it
+        _dump(job, dump_clip)  # the run that finished may have been killed before it
         raise
-    _dump(Path(out), dump_clip)
+    _dump(job, dump_clip)
     return rows
 
 
 def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float, float, float]:
     """As `harness.blocks.plan.Cost`."""
-    from harness.blocks.plan import OF_WEIGHTS, paused_bytes
-
     matrices = shapes.values()
     moments = [i * grid.columns_per_group(i) for _, i in matrices]
     forward = sum(tokens * o * i for o, i in matrices)
@@ -144,17 +125,6 @@ def _cost(grid: Grid | NormalFloat, shapes, tokens, hidden, item) -> tuple[float
         tokens * sum(moments) / 2 + search,
         3 * hidden + held + paused_bytes(shapes, tokens, item),
     )
-
-
-def open_decoder(model: str, folder: Path, device: str, dtype: str) -> Decoder:
-    """The model in --dtype, where auto is what training takes, so that it starts from these very
-    values."""
-    stored = Weights(folder).dtype
-    if dtype == "auto":
-        computed = precision.choose_for_training(dtype, stored, device, model)
-    else:
-        computed = precision.parse(dtype)
-    return Decoder(folder, device=device, dtype=computed)
 
 
 def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | NormalFloat:
@@ -197,9 +167,9 @@ def _check_dump(path: str | Path | None, out: Path, overwrite: bool) -> Path | N
     return path
 
 
-def _dump(out: Path, target: Path | None) -> None:
-    if target:
-        distributed.lead(lambda: _copy(out / clip_file.FILE, target))
+def _dump(job: Job, target: Path | None) -> None:
+    if target and not job.dry_run:
+        distributed.lead(lambda: _copy(Path(job.out) / clip_file.FILE, target))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -213,28 +183,6 @@ def _copy(source: Path, target: Path) -> None:
         ) from error
 
 
-class GroupMoments:
-    """Second moments of every group's inputs: the blocks on the diagonal of the layer's Hessian."""
-
-    def __init__(self, columns: int, device: torch.device | str, grid: Grid | NormalFloat):
-        self.width = grid.columns_per_group(columns)
-        self.groups = [Hessian(self.width, device) for _ in range(columns // self.width)]
-
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add a batch of inputs [..., I] of any float dtype."""
-        for group, part in zip(self.groups, inputs.split(self.width, dim=-1), strict=True):
-            group.add(part)
-
-    def reduce(self) -> None:
-        """Sum over the ranks of the process group, if there is one."""
-        for group in self.groups:
-            group.reduce()
-
-    def mean(self) -> torch.Tensor:
-        """[G, g, g] float32; frees the running sums."""
-        return torch.stack([group.mean() for group in self.groups])
-
-
 def _update(grid: Grid | NormalFloat, decoder: Decoder, scale_dtype: torch.dtype):
     """The method's update. Errors are relative, group by group: Σ over groups of the mean square of
     x·(q - w) over that of x·w. Products between groups, which the moments do not tell, are left
@@ -243,11 +191,11 @@ def _update(grid: Grid | NormalFloat, decoder: Decoder, scale_dtype: torch.dtype
     # Ranges must be numbers of both.
     dtype = stored if precision.holds(computed, stored) else computed
 
-    def update(matrices, moments, where):
+    def update(matrices, moments, hand):
         mean = moments.mean()
         if not torch.isfinite(mean).all():
             raise UserError(
-                f"{where}: the inputs of {', '.join(matrices)} hold NaN or infinite values; try "
+                f"{hand}: the inputs of {', '.join(matrices)} hold NaN or infinite values; try "
                 "--dtype bfloat16 or float32."
             )
         # Training begins with what its dtype holds of the weights.
@@ -272,7 +220,7 @@ def _update(grid: Grid | NormalFloat, decoder: Decoder, scale_dtype: torch.dtype
         kept = torch.where(full > 0, (high - low) / full, 1).mean().item()
         note = {"error_unclipped": (before.sum() / size).item(), "range_kept": kept}
         side = {"low": low.to(stored), "high": high.to(stored)}
-        return sequential.Update(result, (after.sum() / size).clamp_min(0).item(), note, side)
+        return Update(result, (after.sum() / size).clamp_min(0).item(), note, side)
 
     return update
 

@@ -6,14 +6,12 @@ Block-AP, arXiv 2407.11062, section 3.2): weights, scales and zero points togeth
                     minimise |quantized block on the quantized stream - target|²
                     both streams go on through their own block
 
-One block, its optimizer's state and the two streams, N x T x D numbers each, are in memory. Nothing
-is drawn at random: windows come in their order, as in the original.
+The loop stands in harness.blocks.block_training; here is what is trained.
 """
 
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,20 +21,18 @@ import torch
 from torch import nn
 
 from bitdistiller import clip_file, result, student
-from bitdistiller.autoclip_run import open_decoder
-from harness import locks, memory
-from harness.blocks import calibration, preflight, sequential
-from harness.blocks.decoder import Decoder
-from harness.blocks.plan import activation_bytes, print_plan
-from harness.checkpoint import hashes, load, runs
+from harness import locks, modules
+from harness.blocks.block_training import train
+from harness.blocks.job import Job, claim, draw, open_decoder, run
+from harness.blocks.plan import activation_bytes
+from harness.blocks.sequential import BlockInHand, Method, Update
+from harness.checkpoint import hashes, load
 from harness.errors import UserError
-from harness.modules import linears
-from harness.progress import time_left, track
+from harness.modules import get_matrix
 from harness.quant import masks
 from harness.quant.fake_quant import FakeQuantLinear
 from harness.quant.grid import Grid
 
-LOWEST_RATE = 1 / 20  # of the first one, at the end of the cosine
 STEP = 1.25  # time of a training step with fake quantization over that without, for --dry-run
 
 
@@ -110,44 +106,35 @@ def train_blocks(
             raise UserError(f"--{name} is {value}; expected 0 or more.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("blocks are trained by one process; start it without torchrun.")
-    folder, out = load.resolve(model), Path(out)
-    result.check_dense(folder)
-    device = load.pick_device(device)
-    decoder = open_decoder(model, folder, device, dtype)
-    decoder.ignore(ignore)
-    preflight.check(decoder, grid, "dense", out)
-    ranges = None if clip is None else clip_file.read(clip, folder, grid)
+    result.check_dense(load.resolve(model))
+    job = Job(model, out, device, dtype, seed, ignore, bos, overwrite, resume, dry_run, command)
+    decoder = open_decoder(job, trains=True)
+    ranges = None if clip is None else clip_file.read(clip, decoder.weights.folder, grid)
+    claim(job, decoder, grid, "dense")
     student.check(decoder.model, grid, ranges=ranges, learn="all")
     settings = {
         "bits": bits, "group_size": group_size, "clip": None if clip is None else _mark(clip),
         "val_size": val_size, "batch_size": batch_size, "epochs": epochs, "quant_lr": quant_lr,
         "weight_lr": weight_lr,
     }  # fmt: skip
-    settings |= {"ignore": list(ignore)} if ignore else {}
-    method = sequential.Method(
-        "block-ap", settings, None, side_file=result.FILE,
-        side_note={result.NOTE: result.note(grid)},
-    )  # fmt: skip
-    runs.claim(out, folder, overwrite, dry_run)
-    windows, calibrated = calibration.draw(
-        decoder, dataset, nsamples=nsamples + val_size, seqlen=seqlen, seed=seed,
-        bos="none" if dry_run else bos, held_out=val_size,
-    )  # fmt: skip
-    seqlen = windows.shape[1]
+    drawn = draw(job, decoder, dataset, nsamples + val_size, seqlen, held_out=val_size)
+    seqlen = drawn[0].shape[1]
+
+    def split(windows: torch.Tensor) -> list[torch.Tensor]:
+        train, held_out = windows[:nsamples], windows[nsamples:]
+        return [*train.split(batch_size), *held_out.split(batch_size)]
+
     plan = Plan(grid, ranges, epochs, batch_size, quant_lr, weight_lr, val_size)
-    if dry_run:
-
-        def side(rows: int, columns: int) -> int:
-            groups = columns // grid.columns_per_group(columns)
-            return rows * groups * (decoder.stored_dtype.itemsize + 1)
-
-        print_plan(decoder, method, out, windows.numel(), partial(_cost, plan, seqlen), side)
-        return []
-    return sequential.compress(
-        decoder, method, out, base=model, windows=windows, calibration=calibrated,
-        command=command, overwrite=overwrite, resume=resume,
-        block_pass=partial(BlockTraining, plan),
+    method = Method(
+        "block-ap", settings, [partial(train_block, plan)], ("quantized", "dense"), split,
+        side_file=result.FILE, side_note={result.NOTE: result.note(grid)},
     )  # fmt: skip
+
+    def side(rows: int, columns: int) -> int:
+        groups = columns // grid.columns_per_group(columns)
+        return rows * groups * (decoder.stored_dtype.itemsize + 1)
+
+    return run(job, decoder, method, drawn, cost=partial(_cost, plan, seqlen), side=side)
 
 
 def _cost(plan: Plan, seqlen: int, shapes, tokens, hidden, item) -> tuple[float, float, float]:
@@ -165,125 +152,37 @@ def _mark(clip: str | Path) -> str:
     return f"{clip} ({hashes.file_hash(clip_file.locate(clip))})"
 
 
-class BlockTraining:
-    """Takes :class:`harness.blocks.block_pass.BlockPass`'s place in the pass."""
-
-    def __init__(self, plan: Plan, decoder: Decoder, method, windows, conv1d, quantization):
-        self.plan, self.decoder = plan, decoder
-        parts = windows[: len(windows) - plan.held_out].split(plan.batch_size)
-        self.train = len(parts)
-        parts += windows[len(windows) - plan.held_out :].split(plan.batch_size)
-        width = decoder.config.get_text_config().hidden_size
-        size = windows.numel() * width * decoder.dtype.itemsize
-        fits = 8 * size < memory.free(decoder.device)
-        self.store = decoder.device if fits else torch.device("cpu")
-        self.dense = [decoder.embed(part).to(self.store) for part in parts]
-        self.quantized = list(self.dense)
-
-    def compress(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict], dict]:
-        """Train one block: its tensors as stored, its log rows, its grids."""
-        started = time.perf_counter()
-        decoder = self.decoder
-        block = decoder.load(index)
-        self._advance(index, self.dense)
-        prefix = f"{decoder.prefix}.{index}"
-        found = {f"{prefix}.{name}": module for name, module in linears(block).items()}
-        placed = student.put_in(
-            decoder.model, found, self.plan.grid, ranges=self.plan.ranges, learn="all",
-            dtype=decoder.stored_dtype,
-        )  # fmt: skip
-        for module in placed.values():
-            _widen(module)
-            masks.keep(module)
-        before = self._error(index)
-        self._train(index, placed)
-        after = self._error(index)
-        if not math.isfinite(before + after):
-            raise UserError(
-                f"block {index} gives NaN or infinite activations in {decoder.dtype}; try --dtype "
-                "bfloat16 or float32."
-            )
-        if after > before:
-            print(
-                f"block {index} got worse; lower --weight_lr and --quant_lr, or give more windows",
-                file=sys.stderr,
-            )
-        side, rows, trained = {}, [], {}
-        for name, module in placed.items():
-            plain, quantized = module.unwrap()
-            side |= result.grid_tensors(name, quantized)
-            trained[f"{name}.weight"] = plain.weight.data
-            plain.weight.data = plain.weight.data.to(decoder.dtype)
-            decoder.model.set_submodule(name, plain)
-            rows.append(
-                {
-                    "block": index, "name": name, "weights": plain.weight.numel(),
-                    "bytes": trained[f"{name}.weight"].nbytes, "error": after, "before": before,
-                }
-            )  # fmt: skip
-        self._advance(index, self.quantized)
-        if not sys.stderr.isatty():
-            seconds, blocks = time.perf_counter() - started, len(decoder)
-            print(
-                f"block {index + 1}/{blocks}: {seconds:.1f} s, relative error {before:.3g} -> "
-                f"{after:.3g}, peak {memory.peak()}, {time_left(seconds, 1, blocks - index)}",
-                file=sys.stderr,
-            )
-        return {**decoder.block_tensors(index), **trained}, rows, side
-
-    def replay(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Run a finished block, dense and as it is on disk, for what lies behind it."""
-        self.decoder.load(index)
-        self._advance(index, self.dense)
-        self.decoder.load(index, tensors)
-        self._advance(index, self.quantized)
-
-    def _advance(self, index: int, stream: list[torch.Tensor]) -> None:
-        for i, hidden in enumerate(stream):
-            stream[i] = self._forward(index, hidden).to(self.store)
-
-    def _forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        return self.decoder.forward(index, hidden.to(self.decoder.device))
-
-    def _error(self, index: int) -> float:
-        """|Y' - Y|² / |Y|² over the windows held out; the dense stream holds Y already."""
-        error = norm = 0.0
-        for x, y in zip(self.quantized[self.train :], self.dense[self.train :], strict=True):
-            y = y.to(self.decoder.device).float()
-            error += (self._forward(index, x).float() - y).square().sum().item()
-            norm += y.square().sum().item()
-        return error / max(norm, 1e-30)
-
-    def _train(self, index: int, placed: dict[str, FakeQuantLinear]) -> None:
-        plan = self.plan
-        steps = plan.epochs * self.train
-        if not steps:
-            return
-        optimizer = torch.optim.AdamW(_groups(placed, plan), weight_decay=0)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        self.decoder.differentiable = True
-        try:
-            with torch.enable_grad():
-                for step in track(range(steps), f"block {index}"):
-                    cosine = (1 + math.cos(math.pi * step / steps)) / 2
-                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                        group["lr"] = rate * (LOWEST_RATE + (1 - LOWEST_RATE) * cosine)
-                    self._step(index, step % self.train, optimizer)
-        finally:
-            self.decoder.differentiable = False
-
-    def _step(self, index: int, batch: int, optimizer) -> None:
-        target = self.dense[batch].to(self.decoder.device).float()
-        output = self._forward(index, self.quantized[batch]).float()
-        loss = nn.functional.mse_loss(output, target)
-        if not math.isfinite(loss.item()):
-            raise UserError(
-                f"block {index} gives NaN or infinite values in training; lower --weight_lr and "
-                "--quant_lr, or try --dtype float32."
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+def train_block(plan: Plan, hand: BlockInHand) -> None:
+    """The act: the block's linears compute with quantized weights while they are trained with their
+    grids; then they are put as the values that these stand for."""
+    model = hand.decoder.model
+    linears = {f"{hand.prefix}.{n}": module for n, module in modules.linears(hand.block).items()}
+    placed = student.put_in(
+        model, linears, plan.grid, ranges=plan.ranges, learn="all", dtype=hand.decoder.stored_dtype
+    )
+    for module in placed.values():
+        _widen(module)
+        masks.keep(module)
+    held_out = -(-plan.held_out // plan.batch_size)
+    before, after = train(
+        hand, _groups(placed, plan), epochs=plan.epochs, held_out=held_out,
+        rates="--weight_lr and --quant_lr",
+    )  # fmt: skip
+    if after > before:
+        print(
+            f"{hand} got worse; lower --weight_lr and --quant_lr, or give more windows",
+            file=sys.stderr,
+        )
+    updates = {}
+    for name, module in placed.items():
+        plain, quantized = module.unwrap()
+        values = get_matrix(plain)
+        plain.weight.data = plain.weight.data.to(hand.decoder.dtype)
+        model.set_submodule(name, plain)
+        side = {"scale": quantized.scale, "zero": quantized.zero}
+        updates[name.removeprefix(f"{hand.prefix}.")] = Update(values, after, side=side)
+    hand.put(updates)
+    hand.note("before", before)
 
 
 def _widen(module: FakeQuantLinear) -> None:
@@ -294,8 +193,8 @@ def _widen(module: FakeQuantLinear) -> None:
 
 def _groups(placed: dict[str, FakeQuantLinear], plan: Plan) -> list[dict]:
     """AdamW's two groups: grids, then weights. A rate of 0 leaves its group as it is."""
-    modules = placed.values()
+    parts = placed.values()
     return [
-        {"params": [p for m in modules for p in (m.scale, m.zero)], "lr": plan.quant_lr},
-        {"params": [m.weight for m in modules], "lr": plan.weight_lr},
+        {"params": [p for m in parts for p in (m.scale, m.zero)], "lr": plan.quant_lr},
+        {"params": [m.weight for m in parts], "lr": plan.weight_lr},
     ]

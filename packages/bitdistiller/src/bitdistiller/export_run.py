@@ -6,11 +6,10 @@ import torch
 
 from bitdistiller import result
 from harness import locks, paths, precision
-from harness.blocks import preflight, sequential
 from harness.blocks.decoder import Decoder
-from harness.blocks.plan import print_plan
-from harness.blocks.sequential import Method, Update
-from harness.checkpoint import readers, recipe, runs
+from harness.blocks.job import Job, claim, run
+from harness.blocks.sequential import Method, Update, per_stage
+from harness.checkpoint import readers, recipe
 from harness.checkpoint.runs import LOG
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
@@ -49,21 +48,21 @@ def export(
     decoder = Decoder(folder, dtype=Weights(folder).dtype)
     decoder.ignore(_left_dense(folder))
     precision.say_unused(dtype, decoder.stored_dtype)
-    preflight.check(decoder, grids.grid, layout, out)
+    job = Job(
+        _base(folder), out, overwrite=overwrite, resume=resume, dry_run=dry_run, command=command
+    )
+    claim(job, decoder, grids.grid, layout)
     if layout == "gptq":
         _check_scales(grids)
-    runs.claim(out, folder, overwrite, dry_run)
     settings = {"format": layout}
     if grids.grid is not None:
         settings |= {"bits": grids.grid.bits, "group_size": grids.grid.group_size}
-    method = Method("export", settings, _update(grids, layout), layout=layout, grid=grids.grid)
+    look_up = per_stage(_update(grids, layout))
+    rows = run(
+        job, decoder, Method("export", settings, [look_up], (), layout=layout, grid=grids.grid)
+    )
     if dry_run:
-        print_plan(decoder, method, out, 0)
         return []
-    rows = sequential.compress(
-        decoder, method, out, base=_base(folder), command=command, overwrite=overwrite,
-        resume=resume,
-    )  # fmt: skip
     bits = 8 * sum(row["bytes"] for row in rows) / sum(row["weights"] for row in rows)
     print(f"written to {out}: {bits:.2f} bits per weight of the quantized linears")
     print(f"read by: {readers.of_folder(out, decoder.config)}")
@@ -83,10 +82,10 @@ def _base(folder: Path) -> str:
 
 
 def _update(grids: result.Grids, layout: str):
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         if grids.grid is None:
             return {linear: Update(values) for linear, values in matrices.items()}
-        found = {n: grids.quantized(f"{where.prefix}.{n}", w) for n, w in matrices.items()}
+        found = {n: grids.quantized(f"{hand.prefix}.{n}", w) for n, w in matrices.items()}
         return {n: Update(matrices[n] if layout == "dense" else w) for n, w in found.items()}
 
     return update

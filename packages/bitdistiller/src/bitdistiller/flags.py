@@ -1,12 +1,21 @@
-"""Flags that bitdistiller's training commands share, and how they are spelt. No torch up here."""
+"""Settings that bitdistiller's training commands share, and how their flags are spelt: with
+underscores, or with hyphens. No torch up here."""
 
 import argparse
+from dataclasses import dataclass
+
+import harness.settings
+from harness.settings import AT_LEAST_1, REQUIRED, flag
 
 
-def add(group, *names: str, **more) -> None:
-    """A flag with underscores, and its spellings with hyphens."""
-    both = (spelling for name in names for spelling in (name, "--" + name[2:].replace("_", "-")))
-    group.add_argument(*dict.fromkeys(both), **more)
+@dataclass(frozen=True, kw_only=True)
+class Shared(harness.settings.Shared):
+    """shared by all commands"""
+
+    SEPARATORS = ("_", "-")
+
+    # The deepspeed launcher hands this to every process, which has it from its environment too.
+    local_rank: int | None = flag(None, argparse.SUPPRESS)
 
 
 def _yes(text: str) -> bool:
@@ -15,25 +24,24 @@ def _yes(text: str) -> bool:
     return text.lower() == "true"
 
 
-def add_switch(group, name: str, default: bool, help: str) -> None:
-    """NAME, or NAME True or False as the original has it."""
-    add(group, name, nargs="?", const=True, default=default, type=_yes, metavar="BOOL", help=help)
+def switch(default: bool, help: str):
+    """A flag, alone or with True or False as the original has it."""
+    return flag(default, help, nargs="?", const=True, type=_yes, metavar="BOOL")
 
 
-def add_data(p):
-    """What is trained on; returns the group."""
-    g = p.add_argument_group("data")
-    add(
-        g, "--data", "--data_path", required=True, metavar="DATA",
-        help="instructions: a table with columns prompt and response (or the original's rows "
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """data"""
+
+    data: str = flag(
+        REQUIRED, "instructions: a table with columns prompt and response (or the original's rows "
         "[[prompt, response]]), stdlib-doc, alpaca, dolly; or a text: stdlib, wikitext2, c4, a "
-        ".txt ..., of which every token is predicted",
+        ".txt ..., of which every token is predicted", metavar="DATA",
+        names=["--data", "--data_path", "--data-path"],
     )  # fmt: skip
-    add(
-        g, "--model_max_length", type=int, metavar="TOKENS",
-        help="of prompt and response, or a window of text (default 1024, or the model's context if "
-        "that is shorter)",
+    model_max_length: int | None = flag(
+        None, "of prompt and response, or a window of text (default 1024, or the model's context "
+        "if that is shorter)", metavar="TOKENS",
     )  # fmt: skip
-    add(g, "--max_train_samples", type=int, metavar="N", help="training examples, at most")
-    add_switch(g, "--train_on_inputs", False, "the prompts are learned too")
-    return g
+    max_train_samples: int | None = flag(None, "training examples, at most", check=AT_LEAST_1)
+    train_on_inputs: bool = switch(False, "the prompts are learned too")

@@ -4,6 +4,7 @@ responses out, resumable."""
 import importlib.util
 import statistics
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from bitdistiller import prompts as sets
@@ -22,8 +23,8 @@ NEW_TOKENS = 1024
 SETTINGS = ("dataset", "engine", "dtype", "max_new_tokens", "temperature", "top_p", "seed")
 
 
-def generate(args) -> str | None:
-    """Run the command with its parsed arguments, on every rank.
+def run(settings) -> str | None:
+    """What the command does with a `bitdistiller.generate.Settings`, on every rank.
 
     Returns:
         The report, a table; None with --dry-run.
@@ -31,49 +32,57 @@ def generate(args) -> str | None:
     Raises:
         UserError: anything the user can mend, in one line.
     """
-    device = distributed.start(load.pick_device(args.device))
-    _check(args)
-    model = args.model or args.base_model
+    device = distributed.start(load.pick_device(settings.device))
+    _check(settings)
+    model = settings.model or settings.base_model
     source = load.resolve(model)
     config = load.load_config(source)
     context = context_length(config)
-    names = [name for name in args.dataset.split(",") if name]
-    counts = samples(names, args.max_sample)
-    new = args.max_new_tokens or min(NEW_TOKENS, (context or 2 * NEW_TOKENS) // 2)
+    names = [name for name in settings.dataset.split(",") if name]
+    counts = samples(names, settings.max_sample)
+    new = settings.max_new_tokens or min(NEW_TOKENS, (context or 2 * NEW_TOKENS) // 2)
     if context and new >= context:
         raise UserError(
             f"--max_new_tokens {new}: expected 1 to {context - 1}; the model's context of "
             f"{context} holds prompt and response."
         )
-    args.max_new_tokens = new
-    args.dtype = dtype_for(args.engine, args.dtype, source, device, model)
-    sampling = responses.Sampling(new, args.temperature, args.top_p)
-    out = Path(args.out) if args.out else Path(args.out_path or "") / _name(args, names, counts)
-    response_file.claim(out, args.overwrite, args.dry_run)
-    distributed.say(f"engine: {args.engine}, at most {new} new tokens")
+    settings = replace(
+        settings, max_new_tokens=new,
+        dtype=dtype_for(settings.engine, settings.dtype, source, device, model),
+        batch_size=settings.batch_size or BATCH[settings.engine],
+    )  # fmt: skip
+    sampling = responses.Sampling(new, settings.temperature, settings.top_p)
+    out = (
+        Path(settings.out)
+        if settings.out
+        else Path(settings.out_path or "") / _name(settings, names, counts)
+    )
+    response_file.claim(out, settings.overwrite, settings.dry_run)
+    distributed.say(f"engine: {settings.engine}, at most {new} new tokens")
     tokenizer = load.load_tokenizer(source)
     asked = []  # (set, text, token ids)
     for name, count in zip(names, counts, strict=True):
-        asked += _asked(name, count, args.seed, tokenizer, context and context - new)
+        asked += _asked(name, count, settings.seed, tokenizer, context and context - new)
     labels, texts, prompts = map(list, zip(*asked, strict=True))
     responses.check_tokens(tokenizer, prompts, config)
-    groups = responses.batches(prompts, args.batch_size)
-    if args.dry_run:
-        print(f"{len(groups)} batches of at most {args.batch_size} prompts -> {out}")
+    groups = responses.batches(prompts, settings.batch_size)
+    if settings.dry_run:
+        print(f"{len(groups)} batches of at most {settings.batch_size} prompts -> {out}")
         return None
-    settings = {key: getattr(args, key) for key in SETTINGS} | {"max_sample": counts}
+    recorded = {key: getattr(settings, key) for key in SETTINGS} | {"max_sample": counts}
     longest = max(map(len, prompts)) + new
     said = response_file.write(
         out,
         lambda: responses.open_engine(
-            args, source, device, tokenizer, sampling, longest, args.tensor_parallel_size
+            settings.engine, source, tokenizer, sampling, longest, dtype=settings.dtype,
+            device=device, gpus=settings.tensor_parallel_size,
         ),
         tokenizer, prompts, groups, new,
         lambda i, said: {
             "prompt": texts[i], "response": said.text, "dataset": labels[i], "ended": said.ended
         },
-        run=response_file.identity(source, settings, texts), seed=args.seed, resume=args.resume,
-        overwrite=args.overwrite,
+        run=response_file.identity(source, recorded, texts), seed=settings.seed,
+        resume=settings.resume, overwrite=settings.overwrite,
     )  # fmt: skip
     rows = [
         (text, one.text, label, one.ended)
@@ -85,28 +94,22 @@ def generate(args) -> str | None:
     )
 
 
-def _check(args) -> None:
+def _check(settings) -> None:
     """Refuse what would fail only after prompts are read and tokenized."""
-    if (args.model is None) == (args.base_model is None):
+    if (settings.model is None) == (settings.base_model is None):
         raise UserError("name the model once: as the first word, or with --base_model.")
-    if args.out and args.out_path:
+    if settings.out and settings.out_path:
         raise UserError("--out names a file and --out_path a folder for one; give one of the two.")
-    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    if settings.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError(
             f"--engine vllm, the default, needs vLLM: {INSTALL}; --engine transformers works "
             "without."
         )
-    if args.engine != "vllm" and args.tensor_parallel_size is not None:
+    if settings.engine != "vllm" and settings.tensor_parallel_size is not None:
         raise UserError(
             "--tensor_parallel_size is vLLM's; with --engine transformers each process of "
             "torchrun holds the model."
         )
-    if args.batch_size is None:
-        args.batch_size = BATCH[args.engine]
-    for name in ("batch_size", "max_new_tokens", "tensor_parallel_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: at least 1.")
 
 
 def samples(names: list[str], given: str | None) -> list[int | None]:
@@ -164,8 +167,9 @@ def _asked(name, count, seed, tokenizer, longest) -> list[tuple[str, str, list[i
     return fit
 
 
-def _name(args, names: list[str], counts: list[int | None]) -> str:
+def _name(settings, names: list[str], counts: list[int | None]) -> str:
     """The original's name for the file, of all sets."""
     labels = "-".join(sets.parse(name)[0] for name in names)
     drawn = "-".join("all" if count is None else str(count) for count in counts)
-    return f"{labels}_T{args.temperature:g}_N{args.max_new_tokens}_S{args.seed}_{drawn}.jsonl"
+    how = f"T{settings.temperature:g}_N{settings.max_new_tokens}_S{settings.seed}"
+    return f"{labels}_{how}_{drawn}.jsonl"

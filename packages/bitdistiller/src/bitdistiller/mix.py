@@ -57,24 +57,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    return cli.run(lambda: print(mix(args)))
+    args = vars(parser().parse_args(argv))
+    return cli.run(lambda: print(mix(args.pop("data"), **args)))
 
 
-def mix(args) -> str:
-    """Run the command with its parsed arguments; returns the report.
+def mix(
+    data: list[str],
+    out: str | Path,
+    *,
+    max_sample: int | None = None,
+    drop_unfinished: bool = False,
+    seed: int = 42,
+    overwrite: bool = False,
+) -> str:
+    """Shuffle the files ``data`` into one, ``out``, of ``max_sample`` rows at most; returns the
+    report.
 
     Raises:
-        UserError: a row without the two fields, by its line; nothing left; --out exists or is no
+        UserError: a row without the two fields, by its line; nothing left; ``out`` exists or is no
             .jsonl.
     """
-    out = Path(args.out)
+    out = Path(out)
     run = runs.RunFolder(out, kind=None)
-    run.claim(args.overwrite)
-    if args.max_sample is not None and args.max_sample < 1:
-        raise UserError(f"--max_sample {args.max_sample}: at least 1.")
-    found = [row for name in args.data for row in read(Path(name))]
-    if args.drop_unfinished and any(row.ended is None for row in found):
+    run.claim(overwrite)
+    if max_sample is not None and max_sample < 1:
+        raise UserError(f"--max_sample {max_sample}: at least 1.")
+    found = [row for name in data for row in read(Path(name))]
+    if drop_unfinished and any(row.ended is None for row in found):
         unknown = sum(row.ended is None for row in found)
         raise UserError(
             f"--drop_unfinished: {unknown} rows do not say whether the response ended (ended: "
@@ -84,15 +93,15 @@ def mix(args) -> str:
     kept = [
         row
         for row, line in zip(found, seen, strict=True)
-        if not (line.again or line.empty or (args.drop_unfinished and not row.ended))
+        if not (line.again or line.empty or (drop_unfinished and not row.ended))
     ]
     if not kept:
         raise UserError(f"of {len(found)} rows none is left: they say nothing or did not end.")
-    random.Random(args.seed).shuffle(kept)
-    kept = kept[: args.max_sample]
+    random.Random(seed).shuffle(kept)
+    kept = kept[:max_sample]
     fields = ({k: v for k, v in row._asdict().items() if v is not None} for row in kept)
     text = "".join(json.dumps(row) + "\n" for row in fields)
-    run.compare({"mix": hashes.text_hash(text)}, overwrite=args.overwrite)
+    run.compare({"mix": hashes.text_hash(text)}, overwrite=overwrite)
     run.publish_text(text)
     table = response_table.table(seen, "characters")
     return f"{table}\n{len(kept)} of {len(found)} rows written to {out}"

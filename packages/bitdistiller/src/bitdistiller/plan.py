@@ -10,24 +10,24 @@ from harness.modules import get_matrix, linears
 from harness.training.cost import training_cost
 
 
-def show(args, source: Path, grid, training, dtype, stored_dtype) -> None:
-    """Print the plan of the parsed flags."""
+def show(settings, source: Path, grid, training, dtype, stored_dtype) -> None:
+    """Print the plan of completed settings (bitdistiller.train)."""
     decoder = Decoder(source, sizes_only=True)
     parameters = stored_size(source, decoder.config).parameters
     shapes = [get_matrix(m).shape for block in decoder.blocks for m in linears(block).values()]
     weights = sum(map(math.prod, shapes))
     item = dtype.itemsize
     groups = sum(rows * (columns // grid.columns_per_group(columns)) for rows, columns in shapes)
-    trained = {"weights": weights, "scales": groups, "all": weights + 2 * groups}[args.learn]
+    trained = {"weights": weights, "scales": groups, "all": weights + 2 * groups}[settings.learn]
     cost = training_cost(parameters, trained, item, stored_dtype.itemsize, training.zero)
-    teacher = 0 if args.kd_loss_type == "ce" or args.teacher_cache else parameters * item
+    teacher = 0 if settings.kd_loss_type == "ce" or settings.teacher_cache else parameters * item
     if training.zero < 3:
         # What the student does not train, it has from the teacher.
         teacher = min(teacher, weights * item)
     print(
-        f"{args.kd_loss_type}: {args.model} ({parameters / 1e6:.2f} M parameters, "
+        f"{settings.kd_loss_type}: {settings.model} ({parameters / 1e6:.2f} M parameters, "
         f"{weights / 1e6:.2f} M of them to {grid.bits} bits in groups of {grid.group_size}, "
-        f"{precision.name(dtype)}) -> {args.out}"
+        f"{precision.name(dtype)}) -> {settings.out}"
     )
     print(
         f"memory: about {(cost.memory + teacher) / 1e9:.2f} GB a process, of which the teacher "

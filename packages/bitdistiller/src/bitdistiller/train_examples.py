@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from bitdistiller import flags
 from harness.checkpoint.load import context_length
 from harness.data import example_sets
 from harness.data.example_sets import Examples
@@ -23,7 +24,7 @@ def length(asked: int | None, config) -> int:
     return longest
 
 
-def read(args, tokenizer, longest: int, part: str, alone: bool = False) -> Examples:
+def read(settings: flags.Data, tokenizer, longest: int, part: str, alone: bool = False) -> Examples:
     """Part "train" or "validation" of the flags' data, at most ``longest`` tokens each.
 
     Args:
@@ -33,8 +34,8 @@ def read(args, tokenizer, longest: int, part: str, alone: bool = False) -> Examp
         UserError: no such data, a row without prompt and response (with its line), nothing left.
     """
     training = part == "train"
-    dataset = args.data if training else args.eval_data or args.data
-    limit = args.max_train_samples if training else args.max_eval_samples
+    dataset = settings.data if training else settings.eval_data or settings.data
+    limit = settings.max_train_samples if training else settings.max_eval_samples
     if example_sets.is_text(dataset):
         return example_sets.windows(
             tokenizer, dataset, length=longest, limit=limit, part=part, alone=alone
@@ -46,7 +47,7 @@ def read(args, tokenizer, longest: int, part: str, alone: bool = False) -> Examp
         raise UserError(f"{dataset} is too small for a part that is held out; give --eval_data.")
     return example_sets.examples(
         tokenizer, found, max_length=longest, max_prompt_length=longest - 1,
-        name=f"{dataset}, {part}", whole=args.train_on_inputs,
+        name=f"{dataset}, {part}", whole=settings.train_on_inputs,
     )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ import torch
 
 from gptq.solver import act_order, solve
 from harness import distributed, locks
-from harness.blocks import calibration, preflight, sequential
-from harness.blocks.decoder import Decoder
-from harness.checkpoint import formats, load, runs
+from harness.blocks.job import Job, claim, draw, open_decoder, run
+from harness.blocks.sequential import Method, Update, per_stage
+from harness.checkpoint import formats
 from harness.errors import UserError
 from harness.quant import masks
 from harness.quant.grid import Grid, QuantizedWeight, nearest
@@ -83,58 +83,36 @@ def quantize(
             file=sys.stderr,
         )
         static_groups = True
-    device = distributed.start(load.pick_device(device))
-    folder = load.resolve(model)
-    decoder = Decoder(folder, device=device, dtype=dtype, name=model)
-    decoder.ignore(ignore)
+    job = Job(model, out, device, dtype, seed, ignore, bos, overwrite, resume, dry_run, command)
+    decoder = open_decoder(job)
     stored = decoder.stored_dtype
     dtypes = {"dtype": stored, "scale_dtype": formats.scale_dtype(format, stored)}
     settings = {
         "wbits": wbits, "groupsize": groupsize, "sym": sym, "mse": mse, "nearest": nearest,
     }  # fmt: skip
-    settings |= {"ignore": list(ignore)} if ignore else {}
-    method = sequential.Method(
-        "nearest" if nearest else "gptq", settings, None, layout=format, grid=grid
-    )
-    # Before the data, which may have to be downloaded and take minutes to tokenize.
-    preflight.check(decoder, grid, format, Path(out))
-    runs.claim(Path(out), folder, overwrite, dry_run)
-    windows = calibrated = None
+    claim(job, decoder, grid, format)
     if nearest:
-        method.update = _nearest_update(grid, dtypes["scale_dtype"])
-    else:
-        settings |= {
-            "percdamp": percdamp, "act_order": act_order, "static_groups": static_groups,
-            "true_sequential": true_sequential,
-        }  # fmt: skip
-        if dataset is None:
-            raise UserError("no calibration dataset given; name one, or use --nearest.")
-        windows, calibrated = calibration.draw(
-            decoder,
-            dataset,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            bos="none" if dry_run else bos,
-        )
-        method.statistics = Hessian
-        method.true_sequential = true_sequential
-        method.actorder = act_order and (static_groups or not grouped)
-        method.update = _gptq_update(grid, dtypes, percdamp, act_order, static_groups)
-    if dry_run:
-        from harness.blocks.plan import print_plan
-
-        print_plan(decoder, method, out, 0 if windows is None else windows.numel())
-        return []
-    return sequential.compress(
-        decoder, method, Path(out), base=model, windows=windows, calibration=calibrated,
-        command=command, overwrite=overwrite, resume=resume,
+        round_all = per_stage(_nearest_update(grid, dtypes["scale_dtype"]))
+        method = Method("nearest", settings, [round_all], (), layout=format, grid=grid)
+        return run(job, decoder, method)
+    settings |= {
+        "percdamp": percdamp, "act_order": act_order, "static_groups": static_groups,
+        "true_sequential": true_sequential,
+    }  # fmt: skip
+    if dataset is None:
+        raise UserError("no calibration dataset given; name one, or use --nearest.")
+    drawn = draw(job, decoder, dataset, nsamples, seqlen)
+    update = _gptq_update(grid, dtypes, percdamp, act_order, static_groups)
+    method = Method(
+        "gptq", settings, [per_stage(update, Hessian, true_sequential)], layout=format, grid=grid,
+        actorder=act_order and (static_groups or not grouped),
     )  # fmt: skip
+    return run(job, decoder, method, drawn)
 
 
 def _nearest_update(grid: Grid, scale_dtype: torch.dtype):
-    def update(matrices, statistics, where):
-        return {n: sequential.Update(nearest(w, grid, scale_dtype)) for n, w in matrices.items()}
+    def update(matrices, statistics, hand):
+        return {n: Update(nearest(w, grid, scale_dtype)) for n, w in matrices.items()}
 
     return update
 
@@ -142,18 +120,18 @@ def _nearest_update(grid: Grid, scale_dtype: torch.dtype):
 def _gptq_update(grid, dtypes: dict[str, torch.dtype], percdamp, by_diagonal, static_groups):
     """``dtypes``: of the stored values and scales, as :func:`gptq.solver.solve` takes them."""
 
-    def update(matrices, hessian, where):
+    def update(matrices, hessian, hand):
         matrix = hessian.mean()
         diagonal = matrix.diagonal()
         dead = diagonal == 0
         diagonal[dead] = 1
         order = act_order(diagonal) if by_diagonal else None
         weight = torch.cat(list(matrices.values()))
-        zeros = _zeros_of_pruned(matrices, where)
+        zeros = _zeros_of_pruned(matrices)
         weight[:, dead] = 0
         norms = _output_norms(weight, matrix)
         ordered = matrix if order is None else matrix[order][:, order]
-        name = f"{where} {'/'.join(matrices)}"
+        name = f"{hand} {'/'.join(matrices)}"
         try:
             factor, damping = inverse_factor(ordered, percdamp, name)
         except ArithmeticError as error:
@@ -178,13 +156,13 @@ def _gptq_update(grid, dtypes: dict[str, torch.dtype], percdamp, by_diagonal, st
             rows = slice(start, start + len(old))
             start += len(old)
             error = (loss[rows].mean() / norms[rows].mean().clamp_min(1e-30)).item()
-            updates[linear] = sequential.Update(_rows(result, rows), error, note)
+            updates[linear] = Update(_rows(result, rows), error, note)
         return updates
 
     return update
 
 
-def _zeros_of_pruned(matrices: dict[str, torch.Tensor], where: str) -> torch.Tensor | None:
+def _zeros_of_pruned(matrices: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """Where pruned matrices of a stage are zero, [O, I] as they are solved together; None where
     none was pruned."""
     found = {name: masks.of_pruned(matrix) for name, matrix in matrices.items()}

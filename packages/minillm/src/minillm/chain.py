@@ -15,6 +15,9 @@ from harness.commands import report
 from harness.errors import UserError
 from minillm import presets
 
+# Settings that are flags of single steps.
+MORE = ("sft_teacher", "sft", "minillm", "evaluate", "all")
+
 
 class StepFailed(Exception):
     """A step that ended with an exit code, and the last that it said."""
@@ -37,9 +40,9 @@ class Step:
         return shlex.join(["python", "-m", f"minillm.{self.command}", *self.words])
 
 
-def steps(args) -> list[Step]:
-    """The chain's commands, from the arguments of ``minillm.distill``."""
-    out = Path(args.out or f"{Path(args.student).name}-distilled")
+def steps(settings) -> list[Step]:
+    """The chain's commands, for a `minillm.distill.Settings`."""
+    out = Path(settings.out or f"{Path(settings.student).name}-distilled")
     made = []
 
     def add(name: str, command: str, result: str, *words) -> str:
@@ -47,38 +50,39 @@ def steps(args) -> list[Step]:
         made.append(Step(name, command, [*map(str, words), "--out", str(path)], path))
         return str(path)
 
-    data = ["--data", args.data]
-    training = [*data, *_numerics(args), "--seed", args.seed, *_resume(args)]
-    teacher, student = args.teacher, args.student
-    if args.enable_sft_teacher:
-        own = _preset(args.teacher_preset, args.teacher, "sft")
+    more = {name: shlex.split(getattr(settings, name)) for name in MORE}
+    data = ["--data", settings.data]
+    training = [*data, *_numerics(settings), "--seed", settings.seed, *_resume(settings)]
+    teacher, student = settings.teacher, settings.student
+    if settings.enable_sft_teacher:
+        own = _preset(settings.teacher_preset, settings.teacher, "sft")
         teacher = add(
-            "SFT of the teacher", "finetune", "teacher", teacher, *training, *own, *args.all,
-            *args.sft_teacher,
+            "SFT of the teacher", "finetune", "teacher", teacher, *training, *own, *more["all"],
+            *more["sft_teacher"],
         )  # fmt: skip
     # MiniLLM starts from the student of the lowest validation loss, as published.
     sft = add(
         "SFT of the student", "finetune", "sft", student, *training,
-        *_preset(args.preset, args.student, "sft"), *args.all, *args.sft,
+        *_preset(settings.preset, settings.student, "sft"), *more["all"], *more["sft"],
     )  # fmt: skip
-    text = ["--lm-data", args.lm_data] if args.lm_data else []
+    text = ["--lm-data", settings.lm_data] if settings.lm_data else []
     last = add(
         "MiniLLM", "train_minillm", "minillm", sft, "--teacher", teacher, *training, *text,
-        *_preset(args.preset, args.student, "minillm"), *args.all, *args.minillm,
+        *_preset(settings.preset, settings.student, "minillm"), *more["all"], *more["minillm"],
     )  # fmt: skip
-    looks = [*data, *_numerics(args), *_preset(args.preset, args.student, "evaluate")]
+    looks = [*data, *_numerics(settings), *_preset(settings.preset, settings.student, "evaluate")]
     for name, model in (("teacher", teacher), ("SFT student", sft), ("MiniLLM student", last)):
         file = f"results-{name.split()[0].lower()}.json"
-        add(f"evaluation of the {name}", "evaluate", file, model, *looks, *args.evaluate)
+        add(f"evaluation of the {name}", "evaluate", file, model, *looks, *more["evaluate"])
     return made
 
 
-def _numerics(args) -> list[str]:
-    return ["--device", args.device, "--dtype", args.dtype]
+def _numerics(settings) -> list[str]:
+    return ["--device", settings.device, "--dtype", settings.dtype]
 
 
-def _resume(args) -> list[str]:
-    return [] if args.resume else ["--no-resume"]
+def _resume(settings) -> list[str]:
+    return [] if settings.resume else ["--no-resume"]
 
 
 def _preset(name: str | None, model: str, section: str) -> list[str]:
@@ -89,8 +93,8 @@ def _preset(name: str | None, model: str, section: str) -> list[str]:
     return presets.words(name, section)
 
 
-def run(args) -> list[dict] | None:
-    """Run the chain with the arguments of ``minillm.distill``; finished steps are kept.
+def run(settings) -> list[dict] | None:
+    """Run the chain; finished steps are kept.
 
     Returns:
         The results of the teacher and both students, as `commands.report` has them; None with
@@ -100,18 +104,18 @@ def run(args) -> list[dict] | None:
         StepFailed: a step ended with another exit code than 0.
         UserError: the folder holds another chain's results.
     """
-    chain = steps(args)
+    chain = steps(settings)
     for step in chain:
         # Before the first has run for a day, the last is known to be understood.
         _call(step, lambda step=step: _module(step).parser().parse_args(step.words) and 0)
         _say(f"{step.name}: {step}")
-    if args.dry_run:
+    if settings.dry_run:
         return None
-    if args.overwrite and _rank() == 0:
+    if settings.overwrite and _rank() == 0:
         for step in chain:
             _forget(step)
     for number, step in enumerate(chain, 1):
-        made = None if args.overwrite else _made_by(step)
+        made = None if settings.overwrite else _made_by(step)
         if made == str(step):
             _say(f"[{number}/{len(chain)}] {step.name}: made before, kept")
             _sweep(step)

@@ -3,9 +3,11 @@
 import argparse
 import shlex
 import sys
+from dataclasses import dataclass, fields
 
 from harness import cli
 from harness.errors import UserError
+from harness.settings import REQUIRED, flag, make_parser, word
 from minillm import flags, presets
 
 EXAMPLES = """\
@@ -20,60 +22,66 @@ examples:
 """
 
 
+def _splits(text: str) -> bool:
+    try:
+        return shlex.split(text) is not None
+    except ValueError:
+        return False
+
+
+def _more(whose: str):
+    return flag("", f"of {whose}", metavar='"FLAGS"', check=(_splits, "a quote is not closed"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """more flags of single steps, in quotes: they win"""
+
+    sft_teacher: str = _more("the teacher's fine-tuning")
+    sft: str = _more("the student's")
+    minillm: str = _more("MiniLLM")
+    evaluate: str = _more("the evaluations")
+    all: str = _more("the three trainings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Steps, flags.Shared):
+    """Supervised fine-tuning of the student (and of the teacher, if asked), MiniLLM from there,
+    and Rouge-L of all of them: the commands that are printed, one after another. One that fails
+    ends the chain, with its reason and exit code; run again, the chain goes on there.
+    """
+
+    teacher: str = word("TEACHER", "folder, hub id or embedded name")
+    student: str = word("STUDENT", "folder, hub id or embedded name")
+    data: str = flag(
+        REQUIRED, "instructions: dolly, alpaca, stdlib-doc (embedded), or a local table or folder",
+        metavar="DATA",
+    )  # fmt: skip
+    lm_data: str | None = flag(
+        None, "plain text for MiniLLM's language-modelling part", metavar="TEXT"
+    )
+    enable_sft_teacher: bool = flag(False, "fine-tune the teacher first")
+    preset: str | None = presets.preset()
+    teacher_preset: str | None = flag(
+        None, "the same for the teacher's fine-tuning", choices=presets.names(), metavar="NAME"
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    p = argparse.ArgumentParser(
-        prog="python -m minillm.distill",
-        description="Supervised fine-tuning of the student (and of the teacher, if asked), MiniLLM "
-        "from there, and Rouge-L of all of them: the commands that are printed, one after another. "
-        "One that fails ends the chain, with its reason and exit code; run again, the chain goes "
-        "on there.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("teacher", metavar="TEACHER", help="folder, hub id or embedded name")
-    p.add_argument("student", metavar="STUDENT", help="folder, hub id or embedded name")
-    flags.add(
-        p, "--data", required=True, metavar="DATA",
-        help="instructions: dolly, alpaca, stdlib-doc (embedded), or a local table or folder",
-    )  # fmt: skip
-    flags.add(
-        p, "--lm-data", metavar="TEXT", help="plain text for MiniLLM's language-modelling part"
-    )
-    flags.add(p, "--enable-sft-teacher", action="store_true", help="fine-tune the teacher first")
-    presets.add(p)
-    flags.add(
-        p, "--teacher-preset", choices=presets.names(), metavar="NAME",
-        help="the same for the teacher's fine-tuning",
-    )  # fmt: skip
-    g = p.add_argument_group("more flags of single steps, in quotes: they win")
-    for name, what in (
-        ("--sft-teacher", "the teacher's fine-tuning"),
-        ("--sft", "the student's"),
-        ("--minillm", "MiniLLM"),
-        ("--evaluate", "the evaluations"),
-        ("--all", "the three trainings"),
-    ):
-        flags.add(g, name, default="", metavar='"FLAGS"', type=_words, help=f"of {what}")
-    flags.add(p, "--local-rank", type=int, help=argparse.SUPPRESS)
-    cli.add_shared_flags(p)
-    return p
-
-
-def _words(text: str) -> list[str]:
-    return shlex.split(text)
+    return make_parser(Settings, "minillm.distill", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(settings: Settings) -> int:
     from minillm.chain import StepFailed, run
 
     try:
-        results = run(args)
+        results = run(settings)
     except StepFailed as error:
         print(f"distill: {error}", file=sys.stderr)
         return error.code
@@ -87,28 +95,24 @@ def _run(args: argparse.Namespace) -> int:
 class Distiller:
     """``Distiller(teacher, student, data="dolly", ...).distill()``: the command from Python.
 
-    Settings are the flags' names with underscores; flags of single steps as one text, as there.
+    Keywords are the fields of :class:`Settings`; flags of single steps as one text, as there.
+
+    Raises:
+        UserError: a keyword or value that is none.
     """
 
     def __init__(self, teacher: str, student: str, **settings):
-        words = [teacher, student]
-        for name, value in {"data": "dolly", **settings}.items():
-            flag = "--" + name.replace("_", "-")
-            if isinstance(value, bool):
-                words += [flag] if value else [f"--no-{flag[2:]}"] if name == "resume" else []
-            elif value is not None:
-                words.append(f"{flag}={value}")
-        known = {action.dest for action in parser()._actions}
-        unknown = sorted(set(settings) - known)
+        unknown = sorted(set(settings) - {field.name for field in fields(Settings)})
         if unknown:
             raise UserError(f"{', '.join(unknown)}: no flag of python -m minillm.distill.")
-        self.args = parser().parse_args(words)
+        given = {name: value for name, value in settings.items() if value is not None}
+        self.settings = Settings(teacher=teacher, student=student, **{"data": "dolly", **given})
 
     def distill(self) -> list[dict]:
         """Run the chain, as `chain.run`; the distilled model is in the folder OUT/minillm."""
         from minillm.chain import run
 
-        return run(self.args)
+        return run(self.settings)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
 
 from harness import cli
-from minillm import flags
-from minillm.generate import add_lengths, add_sampling
+from harness.settings import AT_LEAST_1, REQUIRED, flag, make_parser, word
+from minillm import flags, generate
 
 SEEDS = (10, 20, 30, 40, 50)
 EXAMPLES = """\
@@ -20,58 +21,59 @@ then:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments; names and defaults are the original's where it has them."""
-    p = argparse.ArgumentParser(
-        prog="python -m minillm.evaluate",
-        description="Rouge-L of a model's responses to held-out prompts: sampled at temperature 1, "
-        "the best of each prompt's references, x 100; mean and standard deviation over the seeds. "
-        "The results join those of `harness eval`.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class Data(generate.Lengths):
+    """data"""
+
+    data: list[str] = flag(
+        REQUIRED, "dolly, alpaca, self-inst, vicuna, s-ni, unni, stdlib-doc (embedded), or a local "
+        "table or folder; a list of outputs is several references", metavar="SET,SET", nargs="+",
+    )  # fmt: skip
+    dev_num: int | None = flag(None, "prompts of each set, at most", check=AT_LEAST_1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses(generate.Responses):
+    """responses"""
+
+    no_repeat_ngram_size: int = flag(
+        6, "no N tokens in a row twice, prompt included (default 6, as the original evaluates; 0: "
+        "anything goes)",
+    )  # fmt: skip
+    seeds: list[int] = flag(
+        list(SEEDS), "one evaluation each (default 10 20 30 40 50)", nargs="+", metavar="S"
     )
-    p.add_argument("model", metavar="MODEL", help="folder, hub id or embedded name")
-    g = p.add_argument_group("data")
-    flags.add(
-        g, "--data", required=True, metavar="SET,SET", nargs="+",
-        help="dolly, alpaca, self-inst, vicuna, s-ni, unni, stdlib-doc (embedded), or a local "
-        "table or folder; a list of outputs is several references",
-    )  # fmt: skip
-    flags.add(g, "--dev-num", type=int, metavar="N", help="prompts of each set, at most")
-    add_lengths(g)
-    sampling = add_sampling(p)
-    flags.add(
-        sampling, "--no-repeat-ngram-size", type=int, default=6, metavar="N",
-        help="no N tokens in a row twice, prompt included (default 6, as the original evaluates; "
-        "0: anything goes)",
-    )  # fmt: skip
-    flags.add(
-        sampling, "--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S",
-        help="one evaluation each (default 10 20 30 40 50)",
-    )  # fmt: skip
-    flags.add(p, "--local-rank", type=int, help=argparse.SUPPRESS)
-    cli.add_shared_flags(p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Data, Responses, flags.Shared):
+    """Rouge-L of a model's responses to held-out prompts: sampled at temperature 1, the best of
+    each prompt's references, x 100; mean and standard deviation over the seeds. The results
+    join those of `harness eval`.
+    """
+
+    model: str = word("MODEL", "folder, hub id or embedded name")
     # Each of --seeds takes its place.
-    next(a for a in p._actions if a.dest == "seed").help = argparse.SUPPRESS
-    return p
+    seed: int = flag(0, argparse.SUPPRESS)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    return make_parser(Settings, "minillm.evaluate", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> None:
-    from harness import distributed
+def _run(settings: Settings) -> None:
     from harness.commands import report
     from harness.training import engine
-    from minillm.evaluate_run import evaluate
+    from minillm.evaluate_run import run
 
-    with engine.group():
-        found = evaluate(args)
-        lead = distributed.rank() == 0
-    if lead and found:
-        results, path = found
+    if outcome := engine.on_lead(run, settings):
+        results, path = outcome
         print(report.markdown(results))
         print(f"\nresults: {path}")
 

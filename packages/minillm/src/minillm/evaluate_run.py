@@ -8,7 +8,6 @@ import json
 import statistics
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch.distributed as dist
 
@@ -17,9 +16,7 @@ from harness import distributed, paths, precision
 from harness.checkpoint import card, load, runs
 from harness.checkpoint.weights import Weights
 from harness.commands import report
-from harness.errors import UserError
 from harness.generation import responses
-from harness.generation.vllm_loading import dtype_for
 from harness.metrics.rouge import rouge_l
 from minillm import eval_sets, generate_run
 
@@ -28,8 +25,8 @@ SHOWN = 3  # responses that are kept for a look
 SETTINGS = ("dev_num", "engine", "temperature", "top_p", "top_k", "no_repeat_ngram_size")
 
 
-def evaluate(args) -> tuple[dict, Path] | None:
-    """Run the command with its parsed arguments, on every rank.
+def run(settings) -> tuple[dict, Path] | None:
+    """What the command does with a `minillm.evaluate.Settings`, on every rank.
 
     Returns:
         The results, as `commands.report` has them, and the file they are in; None with --dry-run.
@@ -37,51 +34,47 @@ def evaluate(args) -> tuple[dict, Path] | None:
     Raises:
         UserError: anything the user can mend, in one line.
     """
-    device = distributed.start(load.pick_device(args.device))
-    source = load.resolve(args.model)
-    if args.dev_num is not None and args.dev_num < 1:
-        raise UserError(f"--dev-num {args.dev_num}: at least 1.")
-    args.dtype = dtype_for(args.engine, args.dtype, source, device, args.model)
-    seeds = list(dict.fromkeys(args.seeds))
-    names = list(dict.fromkeys(n for some in args.data for n in some.split(",") if n))
-    sampling, longest = generate_run.how(args, source)
+    device = distributed.start(load.pick_device(settings.device))
+    source = load.resolve(settings.model)
+    settings, sampling = generate_run.resolved(settings, source, device)
+    seeds = list(dict.fromkeys(settings.seeds))
+    names = list(dict.fromkeys(n for some in settings.data for n in some.split(",") if n))
     tokenizer = load.load_tokenizer(source)
-    sets = {name: eval_sets.load(name)[: args.dev_num] for name in names}
+    sets = {name: eval_sets.load(name)[: settings.dev_num] for name in names}
     shorter = {
-        name: generate_run.short(args, name, tokenizer, [prompt for prompt, _ in pairs])
+        name: generate_run.shorter(settings, name, tokenizer, [prompt for prompt, _ in pairs])
         for name, pairs in sets.items()
     }
     for name, (kept, _) in shorter.items():
-        lost = generate_run.left_out(len(sets[name]) - len(kept), args)
+        lost = generate_run.left_out(len(sets[name]) - len(kept), settings)
         distributed.say(f"{name}: {len(kept)} prompts, {len(seeds)} seeds{lost}")
-    named = Path(args.model).resolve().name
-    where = SimpleNamespace(out=args.out, model=args.model, load=None)
-    path = harness.commands.evaluate.results_path(where, source, named)
+    named = Path(settings.model).resolve().name
+    path = harness.commands.evaluate.results_path(settings.out, settings.model, source, named)
     paths.check_place(path)
-    if not args.dry_run:
+    if not settings.dry_run:
         distributed.lead(runs.RunFolder(path, kind=None).hold)
     results = distributed.lead(
-        lambda: harness.commands.evaluate.open_results(path, named, source, args.overwrite)
+        lambda: harness.commands.evaluate.open_results(path, named, source, settings.overwrite)
     )
-    if args.dry_run:
+    if settings.dry_run:
         print(f"results would go to {path}")
         return None
     ask = None
     for name, pairs in sets.items():
         kept, prompts = shorter[name]
         references = [pairs[index][1] for index in kept]
-        metric = _metric(args, name, sampling, longest, prompts, references, len(pairs))
+        metric = _metric(settings, name, sampling, prompts, references, len(pairs))
         old = results["metrics"].get(f"rouge-l {name}")
-        if old and args.resume and old["settings"] == metric["settings"]:
+        if old and settings.resume and old["settings"] == metric["settings"]:
             metric = old
         known = metric["details"]["seeds"]
         for seed in seeds:
             if str(seed) in known:
                 distributed.say(f"{name}, seed {seed}: measured before, kept")
                 continue
-            ask = ask or responses.open_engine(args, source, device, tokenizer, sampling, longest)
+            ask = ask or generate_run.open_engine(settings, source, device, tokenizer, sampling)
             start = time.perf_counter()
-            said = _responses(ask, tokenizer, prompts, seed, args.batch_size, name)
+            said = _responses(ask, tokenizer, prompts, seed, settings.batch_size, name)
             known[str(seed)] = rouge_l(said, references)
             distributed.say(f"{name}, seed {seed}: Rouge-L {known[str(seed)]:.2f}")
             metric["seconds"] = round(metric["seconds"] + time.perf_counter() - start, 3)
@@ -98,28 +91,29 @@ def evaluate(args) -> tuple[dict, Path] | None:
     return results, path
 
 
-def _metric(args, name, sampling, longest, prompts, references, rows: int) -> dict:
+def _metric(settings, name, sampling, prompts, references, rows: int) -> dict:
     """A metric of a results file, nothing measured yet."""
-    settings = {key: getattr(args, key) for key in SETTINGS}
-    stored = Weights(load.resolve(args.model)).dtype
-    settings["dtype"] = {"computed": args.dtype, "stored": precision.name(stored)}
-    settings |= {"max_length": longest, "max_prompt_length": args.max_prompt_length}
+    stored = Weights(load.resolve(settings.model)).dtype
+    named = {key: getattr(settings, key) for key in SETTINGS} | {
+        "dtype": {"computed": settings.dtype, "stored": precision.name(stored)},
+        "max_length": settings.max_length, "max_prompt_length": settings.max_prompt_length,
+    }  # fmt: skip
     asked = json.dumps([prompts, references]).encode()
-    settings["data"] = {"name": name, "hash": hashlib.sha256(asked).hexdigest()[:16]}
+    named["data"] = {"name": name, "hash": hashlib.sha256(asked).hexdigest()[:16]}
     cut = (
-        f"top-p {args.top_p:g}" * (args.top_p < 1),
-        f"top-k {args.top_k}" * bool(args.top_k),
+        f"top-p {settings.top_p:g}" * (settings.top_p < 1),
+        f"top-k {settings.top_k}" * bool(settings.top_k),
         f"no {sampling.no_repeat} tokens in a row twice" * bool(sampling.no_repeat),
     )
     protocol = ", ".join(
-        ["F of stemmed words, the best reference", f"temperature {args.temperature:g}"]
+        ["F of stemmed words, the best reference", f"temperature {settings.temperature:g}"]
         + [part for part in cut if part]
         + [f"at most {sampling.new_tokens} new tokens"]
     )
     details = {
         "seeds": {}, "prompts": len(prompts), "left_out": rows - len(prompts), "protocol": protocol,
     }  # fmt: skip
-    return {"settings": settings, "seconds": 0.0, "rows": [], "details": details}
+    return {"settings": named, "seconds": 0.0, "rows": [], "details": details}
 
 
 def _rows(name: str, metric: dict) -> list[dict]:

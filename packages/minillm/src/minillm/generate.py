@@ -3,8 +3,11 @@ the training prompts, for sequence-level distillation."""
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from harness import cli
+from harness.settings import AT_LEAST_1, REQUIRED, flag, make_parser, word
 from minillm import flags
 
 EXAMPLES = """\
@@ -18,85 +21,77 @@ then:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """tokens of prompt and response, as `minillm.flags.lengths` reads them"""
+
+    max_length: int | None = flag(
+        None, "of prompt and response (default 512, or the model's context if that is shorter)",
+        metavar="TOKENS",
+    )  # fmt: skip
+    max_prompt_length: int | None = flag(
+        None, "longer prompts are left out, and counted (default: half of --max-length); the rest "
+        "of --max-length is for the response", metavar="TOKENS",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Lengths):
+    """prompts"""
+
+    data: str = flag(
+        REQUIRED, "instructions: dolly, alpaca, stdlib-doc (embedded), or a local table or folder; "
+        "the prompts of its training part", metavar="DATA",
+    )  # fmt: skip
+    gen_num: int | None = flag(None, "prompts, at most", check=AT_LEAST_1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """responses"""
+
+    engine: str = flag("transformers", "default transformers", choices=["transformers", "vllm"])
+    temperature: float = flag(1.0, "default 1; 0: greedy", metavar="T")
+    top_p: float = flag(1.0, "default 1: all", metavar="P")
+    top_k: int = flag(0, "default 0: all", metavar="K")
+    batch_size: int | None = flag(
+        None, "prompts at a time in each process, and what a kill may cost (default 16; 1024 in "
+        "vLLM)", check=AT_LEAST_1,
+    )  # fmt: skip
+    no_repeat_ngram_size: int = flag(0, "no N tokens in a row twice (default 0: anything goes)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Prompts, Responses, flags.Shared):
+    """Let a teacher respond to the prompts of an instruction set: temperature 1, from the whole
+    distribution, as the original does. Each line of the result holds a prompt and the teacher's
+    response; a killed run goes on, and ends with the same bytes.
+    """
+
+    model: str = word("TEACHER", "folder, hub id or embedded name")
+
+    def completed(self) -> "Settings":
+        """With the default of --out where it is left open."""
+        return replace(self, out=self.out or f"{Path(self.model).name}-generated.jsonl")
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments; names and defaults are the original's where it has them."""
-    p = argparse.ArgumentParser(
-        prog="python -m minillm.generate",
-        description="Let a teacher respond to the prompts of an instruction set: temperature 1, "
-        "from the whole distribution, as the original does. Each line of the result holds a prompt "
-        "and the teacher's response; a killed run goes on, and ends with the same bytes.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("model", metavar="TEACHER", help="folder, hub id or embedded name")
-    g = p.add_argument_group("prompts")
-    flags.add(
-        g, "--data", required=True, metavar="DATA",
-        help="instructions: dolly, alpaca, stdlib-doc (embedded), or a local table or folder; the "
-        "prompts of its training part",
-    )  # fmt: skip
-    flags.add(g, "--gen-num", type=int, metavar="N", help="prompts, at most")
-    add_lengths(g)
-    sampling = add_sampling(p)
-    flags.add(
-        sampling, "--no-repeat-ngram-size", type=int, default=0, metavar="N",
-        help="no N tokens in a row twice (default 0: anything goes)",
-    )  # fmt: skip
-    flags.add(p, "--local-rank", type=int, help=argparse.SUPPRESS)
-    cli.add_shared_flags(p)
-    return p
-
-
-def add_lengths(g) -> None:
-    """--max-length and --max-prompt-length, as `minillm.flags.lengths` reads them."""
-    flags.add(
-        g, "--max-length", type=int, metavar="TOKENS",
-        help="of prompt and response (default 512, or the model's context if that is shorter)",
-    )  # fmt: skip
-    flags.add(
-        g, "--max-prompt-length", type=int, metavar="TOKENS",
-        help="longer prompts are left out, and counted (default: half of --max-length); the rest "
-        "of --max-length is for the response",
-    )  # fmt: skip
-
-
-def add_sampling(p: argparse.ArgumentParser):
-    """What engine responds, and how it draws; returns the group."""
-    g = p.add_argument_group("responses")
-    flags.add(
-        g, "--engine", default="transformers", choices=["transformers", "vllm"],
-        help="default transformers",
-    )  # fmt: skip
-    flags.add(g, "--temperature", type=float, default=1.0, metavar="T", help="default 1; 0: greedy")
-    flags.add(g, "--top-p", type=float, default=1.0, metavar="P", help="default 1: all")
-    flags.add(g, "--top-k", type=int, default=0, metavar="K", help="default 0: all")
-    flags.add(
-        g, "--batch-size", type=int, metavar="N",
-        help="prompts at a time in each process, and what a kill may cost (default 16; 1024 in "
-        "vLLM)",
-    )  # fmt: skip
-    return g
+    """The command's arguments."""
+    return make_parser(Settings, "minillm.generate", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from harness import distributed
+def _run(settings: Settings) -> None:
     from harness.training import engine
-    from minillm.generate_run import generate
+    from minillm.generate_run import run
 
-    args.out = args.out or f"{Path(args.model).name}-generated.jsonl"
-    with engine.group():
-        counts = generate(args)
-        lead = distributed.rank() == 0
-    if lead and counts:
+    if counts := engine.on_lead(run, settings):
         print(", ".join(f"{value} {name}" for name, value in counts.items()))
-        print(f"written to {args.out}")
+        print(f"written to {settings.completed().out}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the command ``minillm.generate`` does: prompts in, a file of responses out, resumable."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from harness import distributed
@@ -9,6 +10,7 @@ from harness.data import example_sets
 from harness.errors import UserError
 from harness.generation import response_file, responses
 from harness.generation.vllm_loading import dtype_for
+from harness.settings import record
 from minillm import flags
 
 BATCH = {"transformers": 16, "vllm": 1024}
@@ -16,8 +18,8 @@ BATCH = {"transformers": 16, "vllm": 1024}
 FREE = ("model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "batch_size")
 
 
-def generate(args) -> dict[str, int] | None:
-    """Run the command with its parsed arguments, on every rank.
+def run(settings) -> dict[str, int] | None:
+    """What the command does with a `minillm.generate.Settings`, on every rank.
 
     Returns:
         Counts of what was written and left out, by name; None with --dry-run.
@@ -25,77 +27,83 @@ def generate(args) -> dict[str, int] | None:
     Raises:
         UserError: anything the user can mend, in one line.
     """
-    device = distributed.start(load.pick_device(args.device))
-    source, out = load.resolve(args.model), Path(args.out)
-    response_file.claim(out, args.overwrite, args.dry_run)
-    if args.gen_num is not None and args.gen_num < 1:
-        raise UserError(f"--gen-num {args.gen_num}: at least 1.")
-    args.dtype = dtype_for(args.engine, args.dtype, source, device, args.model)
+    settings = settings.completed()
+    device = distributed.start(load.pick_device(settings.device))
+    source, out = load.resolve(settings.model), Path(settings.out)
+    response_file.claim(out, settings.overwrite, settings.dry_run)
+    settings, sampling = resolved(settings, source, device)
     tokenizer = load.load_tokenizer(source)
-    pairs = example_sets.pairs(args.data, "train", tokenizer=tokenizer)[: args.gen_num]
-    sampling, longest = how(args, source)
+    pairs = example_sets.pairs(settings.data, "train", tokenizer=tokenizer)[: settings.gen_num]
     texts = [pair["prompt"] for pair in pairs]
-    kept, prompts = short(args, args.data, tokenizer, texts)
-    texts = [texts[index] for index in kept]
-    groups = responses.batches(prompts, args.batch_size)
+    short, prompts = shorter(settings, settings.data, tokenizer, texts)
+    texts = [texts[index] for index in short]
+    groups = responses.batches(prompts, settings.batch_size)
     distributed.say(
-        f"{args.data}: {len(prompts)} prompts, responses of at most {sampling.new_tokens} tokens"
-        + left_out(len(pairs) - len(prompts), args)
+        f"{settings.data}: {len(prompts)} prompts, responses of at most {sampling.new_tokens} "
+        f"tokens{left_out(len(pairs) - len(prompts), settings)}"
     )
-    if args.dry_run:
-        print(f"{len(groups)} batches of at most {args.batch_size} -> {out}")
+    if settings.dry_run:
+        print(f"{len(groups)} batches of at most {settings.batch_size} -> {out}")
         return None
-    settings = {k: v for k, v in vars(args).items() if k not in FREE and v is not None}
-    said = response_file.write(
+    written = response_file.write(
         out,
-        lambda: responses.open_engine(args, source, device, tokenizer, sampling, longest),
+        lambda: open_engine(settings, source, device, tokenizer, sampling),
         tokenizer, prompts, groups, sampling.new_tokens,
-        lambda index, said: {"prompt": texts[index], "response": said.text},
-        run=response_file.identity(source, settings, texts), seed=args.seed, resume=args.resume,
-        overwrite=args.overwrite,
+        lambda index, answer: {"prompt": texts[index], "response": answer.text},
+        run=response_file.identity(source, record(settings, FREE), texts), seed=settings.seed,
+        resume=settings.resume, overwrite=settings.overwrite,
     )  # fmt: skip
     return {
-        "responses": len(said),
-        "tokens": sum(s.tokens for s in said),
-        "empty": sum(not s.text.strip() for s in said),
-        "not ended at the limit": sum(not s.ended for s in said),
+        "responses": len(written),
+        "tokens": sum(answer.tokens for answer in written),
+        "empty": sum(not answer.text.strip() for answer in written),
+        "not ended at the limit": sum(not answer.ended for answer in written),
     }
 
 
-def how(args, source: Path) -> tuple[responses.Sampling, int]:
-    """How to sample, and the longest prompt with its response, in tokens, from the flags; fills in
-    --batch-size and --max-prompt-length."""
-    context = context_length(load.load_config(source))
-    longest, args.max_prompt_length = flags.lengths(args, context)
-    if args.max_prompt_length >= longest:
+def resolved(settings, source: Path, device: str):
+    """Settings (those here, or of minillm.evaluate) with dtype, lengths and batch size filled in
+    for the model in ``source``, and how to sample."""
+    longest, prompt = flags.lengths(settings, context_length(load.load_config(source)))
+    if prompt >= longest:
         raise UserError(
-            f"--max-prompt-length {args.max_prompt_length}: expected less than --max-length "
-            f"{longest}, which holds prompt and response."
+            f"--max-prompt-length {prompt}: expected less than --max-length {longest}, which holds "
+            "prompt and response."
         )
-    if args.batch_size is None:
-        args.batch_size = BATCH[args.engine]
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: at least 1.")
     sampling = responses.Sampling(
-        longest - args.max_prompt_length, args.temperature, args.top_p, args.top_k,
-        args.no_repeat_ngram_size,
+        longest - prompt, settings.temperature, settings.top_p, settings.top_k,
+        settings.no_repeat_ngram_size,
     )  # fmt: skip
-    return sampling, longest
+    dtype = dtype_for(settings.engine, settings.dtype, source, device, settings.model)
+    batch = settings.batch_size or BATCH[settings.engine]
+    return replace(
+        settings, dtype=dtype, max_length=longest, max_prompt_length=prompt, batch_size=batch
+    ), sampling
 
 
-def short(args, name: str, tokenizer, texts: list[str]) -> tuple[list[int], list[list[int]]]:
+def open_engine(settings, source: Path, device: str, tokenizer, sampling) -> responses.Ask:
+    """The engine of resolved settings."""
+    return responses.open_engine(
+        settings.engine, source, tokenizer, sampling, settings.max_length, dtype=settings.dtype,
+        device=device,
+    )  # fmt: skip
+
+
+def shorter(settings, name: str, tokenizer, texts: list[str]) -> tuple[list[int], list[list[int]]]:
     """Which of the prompts have 1 to --max-prompt-length tokens, and these as token ids."""
+    longest = settings.max_prompt_length
     ids = example_sets.prompt_ids(tokenizer, texts) if texts else []
-    kept = [i for i, some in enumerate(ids) if 0 < len(some) <= args.max_prompt_length]
-    if not kept:
+    short = [i for i, prompt in enumerate(ids) if 0 < len(prompt) <= longest]
+    if not short:
         raise UserError(
-            f"{name}: of {len(texts)} prompts none has at most {args.max_prompt_length} tokens; "
-            "raise --max-prompt-length."
+            f"{name}: of {len(texts)} prompts none has at most {longest} tokens; raise "
+            "--max-prompt-length."
         )
-    prompts = [ids[i] for i in kept]
-    responses.check_tokens(tokenizer, prompts, load.load_config(load.resolve(args.model)))
-    return kept, prompts
+    prompts = [ids[i] for i in short]
+    responses.check_tokens(tokenizer, prompts, load.load_config(load.resolve(settings.model)))
+    return short, prompts
 
 
-def left_out(count: int, args) -> str:
-    return f"; {count} left out, their prompt has more than {args.max_prompt_length}" * bool(count)
+def left_out(count: int, settings) -> str:
+    longest = settings.max_prompt_length
+    return f"; {count} left out, their prompt has more than {longest}" * bool(count)

@@ -7,7 +7,9 @@ import torch
 from harness import distributed, precision
 from harness.checkpoint import load, quantconfig
 from harness.errors import UserError, one_line
+from harness.quant import masks
 from harness.training import loop
+from minillm import flags
 
 SELF_TEST = "def f(x):\n    return 'Ünïcode', [x + 1, 2e-3]  # 日本 <s> </s>\n\n\tThe end."
 
@@ -64,6 +66,27 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, seed: int):
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     distributed.say(f"LoRA: {trained / 1e6:.2f} M parameters are trained")
     return adapted
+
+
+def with_lora(student, settings, dtype: torch.dtype):
+    """``student`` as it is trained, in LoRA's adapters where settings (flags.Peft and Shared) want
+    them, and what makes a plain model of ``dtype`` of the trained tensors, or None.
+
+    Raises:
+        UserError: LoRA would fill the zeros of a pruned model.
+    """
+    lora = flags.lora(settings)
+    if not lora:
+        return student, None
+    masks.ask_before_merging(student, settings.model, settings.densify)
+
+    def finish(tensors):
+        plain = load_student(
+            settings.model, device="cpu", dtype=torch.float32, peft_path=settings.peft_path
+        )
+        return merged(plain, tensors, dtype, **lora)
+
+    return add_lora(student, **lora), finish
 
 
 def merged(student, tensors: dict[str, torch.Tensor], dtype: torch.dtype, **lora):

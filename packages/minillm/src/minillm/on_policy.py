@@ -5,7 +5,6 @@ Legend: B rollouts or windows of a micro-batch, L tokens of the longest of them.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
@@ -81,9 +80,7 @@ class OnPolicy:
         seed, plan = self.training.seed, self.plan
         chosen = plan.prompts(len(self.prompts), number, seed)
         rows = (self.prompts[i] for i in chosen)
-        zero = self.training.zero
-        running = SimpleNamespace(module=self.student, zero_optimization_stage=lambda: zero)
-        with engine.whole_weights(running) as student:
+        with engine.whole_weights(self.student) as student:
             was = student.training
             student.eval()
             written = rollouts.write(
@@ -135,7 +132,7 @@ class OnPolicy:
         mine = sorted(mine, key=lambda i: self.held_out.firsts[i])
         parts = [mine[i : i + self.look_chunk] for i in range(0, len(mine), self.look_chunk)]
         total = tokens = score = 0.0
-        with engine.whole_weights(running) as student:
+        with engine.whole_weights(running.module) as student:
             for part in track(parts, "responses") if distributed.rank() == 0 else parts:
                 rows = [self.held_out[i] for i in part]
                 batch, texts = self._respond(student, rows, draws[part])

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from harness.errors import UserError
-from minillm import flags
+from harness.settings import flag
 
 FOLDER = Path(__file__).with_name("presets")
 PER_STEP, ACCUMULATE = "examples_per_step", "gradient_accumulation_steps"
@@ -29,12 +29,11 @@ def load(name: str) -> dict[str, dict]:
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
 
 
-def add(p: argparse.ArgumentParser) -> None:
-    """The flag --preset."""
-    flags.add(
-        p, "--preset", choices=names(), metavar="NAME",
-        help="settings as published for a model, where no flag says otherwise: "
-        + ", ".join(names()),
+def preset():
+    """The flag --preset, for a settings class."""
+    return flag(
+        None, "settings as published for a model, where no flag says otherwise: "
+        + ", ".join(names()), choices=names(), metavar="NAME",
     )  # fmt: skip
 
 
@@ -43,16 +42,17 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, section: str | Non
     args = p.parse_args(argv)
     if not args.preset:
         return args
-    section, found = section or args.type, load(args.preset)
-    if section not in found:
-        p.error(f"--preset {args.preset} is of {', '.join(found)}, and says nothing of {section}")
-    values = dict(found[section])
+    section, sections = section or args.type, load(args.preset)
+    if section not in sections:
+        p.error(
+            f"--preset {args.preset} is of {', '.join(sections)}, and says nothing of {section}"
+        )
+    values = dict(sections[section])
     batch = values.pop(PER_STEP, None)
-    p.set_defaults(**values, **({ACCUMULATE: None} if batch else {}))
-    args = p.parse_args(argv)
-    if batch and args.gradient_accumulation_steps is None:
-        args.gradient_accumulation_steps = _accumulate(batch, args.batch_size)
-    return args
+    p.set_defaults(**values)
+    if batch:
+        p.set_defaults(**{ACCUMULATE: _accumulate(batch, p.parse_args(argv).batch_size)})
+    return p.parse_args(argv)
 
 
 def words(name: str, section: str) -> list[str]:
@@ -61,23 +61,23 @@ def words(name: str, section: str) -> list[str]:
     Raises:
         UserError: the preset has no such section.
     """
-    found = load(name)
-    if section not in found:
-        raise UserError(f"preset {name} is of {', '.join(found)}, and says nothing of {section}.")
-    values, made = dict(found[section]), []
+    sections = load(name)
+    if section not in sections:
+        raise UserError(
+            f"preset {name} is of {', '.join(sections)}, and says nothing of {section}."
+        )
+    values, line = dict(sections[section]), []
     batch = values.pop(PER_STEP, None)
     if batch:
         values[ACCUMULATE] = _accumulate(batch, values["batch_size"])
     for key, value in values.items():
-        flag = "--" + key.replace("_", "-")
-        if value is True:
-            made.append(flag)
-        elif value is False:
-            made.append(f"--no-{flag[2:]}")
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
         else:
-            made += [flag, str(value)]
-    return made
+            line += [f"--{name}", str(value)]
+    return line
 
 
 def _accumulate(examples: int, batch: int) -> int:
-    return max(1, examples // (batch * int(os.environ.get("WORLD_SIZE", "1"))))
+    return max(1, examples // max(1, batch * int(os.environ.get("WORLD_SIZE", "1"))))

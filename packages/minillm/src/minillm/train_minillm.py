@@ -2,8 +2,11 @@
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from harness import cli
+from harness.settings import POSITIVE, REQUIRED, SHARE, flag, make_parser, word
 from minillm import flags, presets
 
 EXAMPLES = """\
@@ -22,158 +25,120 @@ then:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments; names and defaults are the original's where it has them."""
-    p = argparse.ArgumentParser(
-        prog="python -m minillm.train_minillm",
-        description="MiniLLM: the student writes responses to prompts and learns to lower its "
-        "reverse KL to the teacher on them, by policy gradient. The result is an ordinary "
-        "checkpoint, the best seen.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """rollouts and their gradient"""
+
+    num_rollouts: int = flag(256, "responses per phase, over all processes (default 256)")
+    ppo_epochs: int = flag(4, "times that a phase's rollouts are gone through (default 4)")
+    chunk_size: int = flag(
+        16, "responses written at a time in each process (default 16); speed, not the result",
+        check=POSITIVE,
+    )  # fmt: skip
+    teacher_mixed_alpha: float = flag(
+        0.2, "the teacher's part of the distribution that rollouts are drawn from (default 0.2; 0: "
+        "the student alone)", metavar="A",
+    )  # fmt: skip
+    gamma: float = flag(0.95, "discount (default 0.95)", metavar="G")
+    reward_scaling: float = flag(0.5, "rewards are divided by it (default 0.5)", metavar="S")
+    cliprange_reward: float = flag(100.0, "and cut at +- C (default 100)", metavar="C")
+    cliprange: float = flag(
+        0.2, "of the ratio of new to old probability times the weight (default 0.2; inf: none)",
+        metavar="C",
+    )  # fmt: skip
+    length_norm: bool = flag(True, "rewards are averaged over the tokens that are left (default)")
+    single_step_reg: bool = flag(
+        True, "the next token's reverse KL over the whole vocabulary (default)"
     )
-    p.add_argument("model", metavar="STUDENT", help="folder, hub id or embedded name")
-    p.add_argument("--teacher", required=True, metavar="MODEL", help="folder, hub id or embedded")
-    presets.add(p)
-    flags.add_data(p)
-    _add_policy(p)
-    _add_language_model(p)
-    _add_schedule(p)
-    flags.add_engine(p)
-    flags.add_peft(p)
-    cli.add_shared_flags(p)
+    future_rewards: bool = flag(
+        False, "a token is paid the rewards after it only, as the paper's equation has it beside "
+        "the single-step term; the original's code counts its own reward, too",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """language modelling on plain text, beside the rollouts"""
+
+    lm_data: str | None = flag(
+        None, "wikitext2, c4, stdlib (embedded), or a local file or folder (default: none)",
+        metavar="TEXT",
+    )  # fmt: skip
+    lm_coef: float = flag(1.0, "its weight (default 1)", metavar="C")
+    kd_ratio: float = flag(
+        0.5, "there, R forward KL to the teacher + (1 - R) cross entropy (default 0.5)",
+        metavar="R", check=SHARE,
+    )  # fmt: skip
+    lm_num: int = flag(
+        30_000, "windows of --max-length tokens, at most (default 30000)", check=POSITIVE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(flags.Schedule):
+    """how long and how fast"""
+
+    batch_size: int = flag(8, "rollouts per forward and process (default 8)", check=POSITIVE)
+    gradient_accumulation_steps: int | None = flag(
+        None, "forwards per optimizer step (default: as many as make 64 rollouts a step)",
+        check=POSITIVE,
+    )  # fmt: skip
+    eval_batch_size: int | None = flag(None, "default: --chunk-size", check=POSITIVE)
+    lr: float = flag(5e-6, "default 5e-6", metavar="R")
+    lr_min: float = flag(5e-6, "end of cosine (5e-6)", metavar="R")
+    lr_decay_style: str = flag("constant", "default constant", choices=["cosine", "constant"])
+    warmup_iters: int = flag(100, "default 100")
+    epochs: float = flag(10, "over the prompts, at most (default 10)", metavar="N", check=POSITIVE)
+    total_iters: int = flag(5000, "optimizer steps, at most (default 5000)", check=POSITIVE)
+    weight_decay: float = flag(1e-6, "default 1e-6", metavar="W")
+    eval_interval: int = flag(
+        100, "steps between looks at the validation prompts (default 100)", check=POSITIVE
+    )
+    save_interval: int | None = flag(
+        None, "steps between saved states (default: at each look); a state is saved when the phase "
+        "is over", check=POSITIVE,
+    )  # fmt: skip
+    select: str = flag(
+        "reverse-kl", "what the best checkpoint is best by (default reverse-kl, to the teacher on "
+        "the student's own responses; rouge: their Rouge-L)", choices=["reverse-kl", "rouge"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(flags.Data, Policy, LanguageModel, Schedule, flags.Engine, flags.Peft, flags.Shared):
+    """MiniLLM: the student writes responses to prompts and learns to lower its reverse KL to
+    the teacher on them, by policy gradient. The result is an ordinary checkpoint, the best
+    seen.
+    """
+
+    model: str = word("STUDENT", "folder, hub id or embedded name")
+    teacher: str = flag(REQUIRED, "folder, hub id or embedded", metavar="MODEL")
+    preset: str | None = presets.preset()
     # Nothing is dropped here: a rollout's probabilities must be those that its tokens had.
-    p.set_defaults(peft_lora_dropout=0.0)
-    return p
+    peft_lora_dropout: float = flag(0.0, "default 0", metavar="P", check=flags.BELOW_1)
+
+    def completed(self) -> "Settings":
+        """With the default of --out where it is left open."""
+        return replace(self, out=self.out or f"{Path(self.model).name}-minillm")
 
 
-def _add_policy(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("rollouts and their gradient")
-    flags.add(
-        g, "--num-rollouts", type=int, default=256, metavar="N",
-        help="responses per phase, over all processes (default 256)",
-    )  # fmt: skip
-    flags.add(
-        g, "--ppo-epochs", type=int, default=4, metavar="N",
-        help="times that a phase's rollouts are gone through (default 4)",
-    )  # fmt: skip
-    flags.add(
-        g, "--chunk-size", type=int, default=16, metavar="N",
-        help="responses written at a time in each process (default 16); speed, not the result",
-    )  # fmt: skip
-    flags.add(
-        g, "--teacher-mixed-alpha", type=float, default=0.2, metavar="A",
-        help="the teacher's part of the distribution that rollouts are drawn from (default 0.2; "
-        "0: the student alone)",
-    )  # fmt: skip
-    flags.add(g, "--gamma", type=float, default=0.95, metavar="G", help="discount (default 0.95)")
-    flags.add(
-        g, "--reward-scaling", type=float, default=0.5, metavar="S",
-        help="rewards are divided by it (default 0.5)",
-    )  # fmt: skip
-    flags.add(
-        g, "--cliprange-reward", type=float, default=100.0, metavar="C",
-        help="and cut at +- C (default 100)",
-    )  # fmt: skip
-    flags.add(
-        g, "--cliprange", type=float, default=0.2, metavar="C",
-        help="of the ratio of new to old probability times the weight (default 0.2; inf: none)",
-    )  # fmt: skip
-    _add_switch(g, "--length-norm", "rewards are averaged over the tokens that are left (default)")
-    _add_switch(
-        g, "--single-step-reg", "the next token's reverse KL over the whole vocabulary (default)"
-    )
-    flags.add(
-        g, "--future-rewards", action="store_true",
-        help="a token is paid the rewards after it only, as the paper's equation has it beside the "
-        "single-step term; the original's code counts its own reward, too",
-    )  # fmt: skip
-
-
-def _add_switch(group, name: str, text: str) -> None:
-    flags.add(group, name, action=argparse.BooleanOptionalAction, default=True, help=text)
-
-
-def _add_language_model(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("language modelling on plain text, beside the rollouts")
-    flags.add(
-        g, "--lm-data", metavar="TEXT",
-        help="wikitext2, c4, stdlib (embedded), or a local file or folder (default: none)",
-    )  # fmt: skip
-    flags.add(g, "--lm-coef", type=float, default=1.0, metavar="C", help="its weight (default 1)")
-    flags.add(
-        g, "--kd-ratio", type=float, default=0.5, metavar="R",
-        help="there, R forward KL to the teacher + (1 - R) cross entropy (default 0.5)",
-    )  # fmt: skip
-    flags.add(
-        g, "--lm-num", type=int, default=30_000, metavar="N",
-        help="windows of --max-length tokens, at most (default 30000)",
-    )  # fmt: skip
-
-
-def _add_schedule(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("how long and how fast")
-    flags.add(
-        g, "--batch-size", type=int, default=8, metavar="N",
-        help="rollouts per forward and process (default 8)",
-    )  # fmt: skip
-    flags.add(
-        g, "--gradient-accumulation-steps", type=int, metavar="N",
-        help="forwards per optimizer step (default: as many as make 64 rollouts a step)",
-    )  # fmt: skip
-    flags.add(g, "--eval-batch-size", type=int, metavar="N", help="default: --chunk-size")
-    flags.add(g, "--lr", type=float, default=5e-6, metavar="R", help="default 5e-6")
-    flags.add(
-        g, "--lr-decay-style", default="constant", choices=["cosine", "constant"],
-        help="default constant",
-    )  # fmt: skip
-    flags.add(g, "--lr-min", type=float, default=5e-6, metavar="R", help="end of cosine (5e-6)")
-    flags.add(g, "--warmup-iters", type=int, default=100, metavar="N", help="default 100")
-    flags.add(
-        g, "--total-iters", type=int, default=5000, metavar="N",
-        help="optimizer steps, at most (default 5000)",
-    )  # fmt: skip
-    flags.add(
-        g, "--epochs", type=float, default=10, metavar="N",
-        help="over the prompts, at most (default 10)",
-    )  # fmt: skip
-    flags.add(g, "--weight-decay", type=float, default=1e-6, metavar="W", help="default 1e-6")
-    flags.add(g, "--clip-grad", type=float, default=1.0, metavar="C", help="default 1.0")
-    flags.add(
-        g, "--eval-interval", type=int, default=100, metavar="N",
-        help="steps between looks at the validation prompts (default 100)",
-    )  # fmt: skip
-    flags.add(
-        g, "--save-interval", type=int, metavar="N",
-        help="steps between saved states (default: at each look); a state is saved when the phase "
-        "is over",
-    )  # fmt: skip
-    flags.add(
-        g, "--select", default="reverse-kl", choices=["reverse-kl", "rouge"],
-        help="what the best checkpoint is best by (default reverse-kl, to the teacher on the "
-        "student's own responses; rouge: their Rouge-L)",
-    )  # fmt: skip
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    return make_parser(Settings, "minillm.train_minillm", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = presets.parse(parser(), argv, "minillm")
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from harness import distributed
+def _run(settings: Settings) -> None:
     from harness.training import engine
-    from minillm.train_minillm_run import train
+    from minillm.train_minillm_run import run
 
-    args.out = args.out or f"{Path(args.model).name}-minillm"
-    with engine.group():
-        result = train(args)
-        lead = distributed.rank() == 0
-    if lead and result:
+    if result := engine.on_lead(run, settings):
         _print_table(result)
-        print(f"written to {args.out}")
+        print(f"written to {settings.completed().out}")
 
 
 def _print_table(result: dict) -> None:

@@ -13,7 +13,7 @@ from harness.data import example_sets
 from harness.errors import UserError
 from harness.losses import from_hidden
 from harness.metrics.footprint import stored_size
-from harness.quant import masks
+from harness.settings import record
 from harness.training import batching, engine, loop
 from harness.training.cost import training_cost
 from minillm import finetune_run, flags, models, rollouts
@@ -22,8 +22,8 @@ from minillm.on_policy import OnPolicy, without_dropout
 BATCH = 64  # rollouts of a step in the published runs: 4 on each of 16 GPUs
 
 
-def train(args) -> dict | None:
-    """Run the command ``minillm.train_minillm`` with its parsed arguments, on every rank.
+def run(settings) -> dict | None:
+    """What the command does with a `minillm.train_minillm.Settings`, on every rank.
 
     Returns:
         As :func:`harness.training.loop.train`; None with --dry-run.
@@ -31,138 +31,121 @@ def train(args) -> dict | None:
     Raises:
         UserError: anything the user can mend, in one line.
     """
-    objective = _objective(args)
-    device = engine.launch(load.pick_device(args.device))
-    out, source = Path(args.out), load.resolve(args.model)
-    runs.claim(out, source, args.overwrite, args.dry_run)
-    columns = models.shared_columns(args.teacher, args.model)
-    folders = [source, load.resolve(args.teacher)]
+    settings = settings.completed()
+    objective = _objective(settings)
+    device = engine.launch(load.pick_device(settings.device))
+    out, source = Path(settings.out), load.resolve(settings.model)
+    runs.claim(out, source, settings.overwrite, settings.dry_run)
+    columns = models.shared_columns(settings.teacher, settings.model)
+    folders = [source, load.resolve(settings.teacher)]
     configs = [load.load_config(folder) for folder in folders]
-    longest, longest_prompt = flags.lengths(args, *map(context_length, configs))
+    longest, longest_prompt = flags.lengths(settings, *map(context_length, configs))
     tokenizer = load.load_tokenizer(source)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= columns:
         raise UserError(
             f"the student's end token ({tokenizer.eos_token}) is not among the {columns} tokens "
             "that it shares with the teacher; give both the same end token."
         )
-    examples, dev = finetune_run.examples(args, tokenizer, longest, longest_prompt)
+    examples, dev = finetune_run.examples(settings, tokenizer, longest, longest_prompt)
     example_sets.check_tokens([examples, dev], configs[0])
     text = None
-    if args.lm_data and args.lm_coef:
-        text = example_sets.windows(tokenizer, args.lm_data, length=longest, limit=args.lm_num)
-    elif args.lm_coef:
+    if settings.lm_data and settings.lm_coef:
+        text = example_sets.windows(
+            tokenizer, settings.lm_data, length=longest, limit=settings.lm_num
+        )
+    elif settings.lm_coef:
         distributed.say("no --lm-data: the loss has no part on plain text")
-    plan, training = _plan(args, len(examples))
+    plan, training = _plan(settings, len(examples))
     stored_dtype = Weights(source).dtype
-    dtype = precision.choose_for_training(args.dtype, stored_dtype, device, args.model)
-    settings = {k: v for k, v in vars(args).items() if k not in finetune_run.FREE and v is not None}
-    settings |= {
+    dtype = precision.choose_for_training(settings.dtype, stored_dtype, device, settings.model)
+    recorded = record(settings, finetune_run.FREE) | {
         "steps": training.steps, "dtype": precision.name(dtype), "max_length": longest,
         "max_prompt_length": longest_prompt, "gradient_accumulation_steps": training.accumulate,
     }  # fmt: skip
-    if args.dry_run:
+    if settings.dry_run:
         pairs = zip(folders, configs, strict=True)
         counts = [stored_size(*pair).parameters for pair in pairs]
-        _print_plan(args, counts, dtype, stored_dtype)
+        _print_plan(settings, counts, dtype, stored_dtype)
         return None
 
-    student = models.load_student(args.model, device=device, dtype=dtype, peft_path=args.peft_path)
+    student = models.load_student(
+        settings.model, device=device, dtype=dtype, peft_path=settings.peft_path
+    )
     teacher = models.load_teacher(
-        args.teacher, device=device, peft_path=args.teacher_peft_path,
+        settings.teacher, device=device, peft_path=settings.teacher_peft_path,
         dtype=dtype if dtype == torch.float32 else "auto",
     )  # fmt: skip
-    fused = from_hidden.fusable(student, args.zero) and from_hidden.fusable(teacher)
-    lora, finish = flags.lora(args), None
-    if lora:
-        masks.ask_before_merging(student, args.model, args.densify)
-        student = models.add_lora(student, **lora)
-
-        def finish(tensors):
-            plain = models.load_student(
-                args.model, device="cpu", dtype=torch.float32, peft_path=args.peft_path
-            )
-            return models.merged(plain, tensors, stored_dtype, **lora)
-
+    fused = from_hidden.fusable(student, settings.zero) and from_hidden.fusable(teacher)
+    student, finish = models.with_lora(student, settings, stored_dtype)
     student.config.use_cache = False
     without_dropout(student)
-    run = OnPolicy(
+    on_policy = OnPolicy(
         student, teacher, columns, fused, tokenizer, batching.pad_id(tokenizer), examples, dev,
-        text, objective, plan, training, longest - longest_prompt, args.lm_coef, args.kd_ratio,
-        args.chunk_size, args.eval_batch_size or args.chunk_size, args.select,
+        text, objective, plan, training, longest - longest_prompt, settings.lm_coef,
+        settings.kd_ratio, settings.chunk_size, settings.eval_batch_size or settings.chunk_size,
+        settings.select,
     )  # fmt: skip
-    identity = runs.fingerprint(source, None, settings)
+    identity = runs.fingerprint(source, None, recorded)
     identity["teacher"] = hashes.model_files(folders[1])
     identity["data"] = {"training": examples.key, "validation": dev.key}
     identity["data"] |= {"text": text.key} if text else {}
-    step_entry = {
-        "method": "minillm", "base": args.model, "command": card.command_line(),
-        "settings": settings,
-        "training": {
-            "dataset": args.data, "nsamples": len(examples), "seqlen": longest, "seed": args.seed,
-        },
-    }  # fmt: skip
     # Activations are made again in train mode only.
     return loop.train(
-        student.train(args.gradient_checkpointing), training, batches=run.batches,
-        loss_of=run.loss_of, out=out, identity=identity, evaluate=run.evaluate,
-        better="higher" if args.select == "rouge" else "lower", eval_steps=args.eval_interval,
-        save_steps=args.save_interval, boundary=plan.starts_phase, finish=finish,
-        stored=[] if lora else None, resume=args.resume, overwrite=args.overwrite,
-        step_entry=step_entry, source=source,
+        student.train(settings.gradient_checkpointing), training, batches=on_policy.batches,
+        loss_of=on_policy.loss_of, out=out, identity=identity, evaluate=on_policy.evaluate,
+        better="higher" if settings.select == "rouge" else "lower",
+        eval_steps=settings.eval_interval, save_steps=settings.save_interval,
+        boundary=plan.starts_phase, finish=finish,
+        stored=[] if finish else None, resume=settings.resume, overwrite=settings.overwrite,
+        step_entry=card.training_step(
+            "minillm", settings, recorded, nsamples=len(examples), seqlen=longest
+        ), source=source,
     )  # fmt: skip
 
 
-def _objective(args) -> rollouts.Objective:
-    if not 0 <= args.kd_ratio <= 1:
-        raise UserError(f"--kd-ratio {args.kd_ratio}: expected 0 to 1.")
-    positive = (
-        "epochs", "total_iters", "eval_interval", "save_interval", "train_num", "dev_num",
-        "batch_size", "gradient_accumulation_steps", "chunk_size", "eval_batch_size", "lm_num",
-    )  # fmt: skip
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+def _objective(settings) -> rollouts.Objective:
     return rollouts.Objective(
-        args.teacher_mixed_alpha, args.gamma, args.reward_scaling, args.cliprange_reward,
-        args.cliprange, args.length_norm, args.single_step_reg, args.future_rewards,
+        settings.teacher_mixed_alpha, settings.gamma, settings.reward_scaling,
+        settings.cliprange_reward, settings.cliprange, settings.length_norm,
+        settings.single_step_reg, settings.future_rewards,
     )  # fmt: skip
 
 
-def _plan(args, prompts: int) -> tuple[rollouts.Plan, engine.Training]:
+def _plan(settings, prompts: int) -> tuple[rollouts.Plan, engine.Training]:
     """Phases and the optimizer: the shorter of --total-iters and --epochs."""
     ranks = distributed.world_size()
-    accumulate = args.gradient_accumulation_steps
+    accumulate = settings.gradient_accumulation_steps
     if accumulate is None:
-        accumulate = max(1, min(BATCH, args.num_rollouts) // (args.batch_size * ranks))
-    batch = args.batch_size * accumulate * ranks
-    plan = rollouts.Plan(args.num_rollouts, batch, args.ppo_epochs)
-    phases = max(1, ceil(args.epochs * prompts / plan.rollouts))
-    steps = min(args.total_iters, phases * plan.steps)
+        accumulate = max(1, min(BATCH, settings.num_rollouts) // (settings.batch_size * ranks))
+    batch = settings.batch_size * accumulate * ranks
+    plan = rollouts.Plan(settings.num_rollouts, batch, settings.ppo_epochs)
+    phases = max(1, ceil(settings.epochs * prompts / plan.rollouts))
+    steps = min(settings.total_iters, phases * plan.steps)
     training = engine.Training(
-        args.lr, steps, args.batch_size, accumulate, args.warmup_iters, args.lr_decay_style,
-        min(args.lr_min, args.lr), betas=(0.9, 0.95), weight_decay=args.weight_decay,
-        clip=args.clip_grad, zero=args.zero, offload=args.offload,
-        gradient_checkpointing=args.gradient_checkpointing, seed=args.seed,
+        settings.lr, steps, settings.batch_size, accumulate, settings.warmup_iters,
+        settings.lr_decay_style, min(settings.lr_min, settings.lr), betas=(0.9, 0.95),
+        weight_decay=settings.weight_decay,
+        clip=settings.clip_grad, zero=settings.zero, offload=settings.offload,
+        gradient_checkpointing=settings.gradient_checkpointing, seed=settings.seed,
     )  # fmt: skip
     distributed.say(
-        f"minillm of {args.model}: {steps} steps of {batch} rollouts; {plan.rollouts} are written "
-        f"every {plan.steps} steps, {steps / plan.steps * plan.rollouts / prompts:.3g} epochs over "
-        f"the prompts"
+        f"minillm of {settings.model}: {steps} steps of {batch} rollouts; {plan.rollouts} are "
+        f"written every {plan.steps} steps, {steps / plan.steps * plan.rollouts / prompts:.3g} "
+        "epochs over the prompts"
     )
     return plan, training
 
 
-def _print_plan(args, parameters: list[int], dtype, stored_dtype) -> None:
+def _print_plan(settings, parameters: list[int], dtype, stored_dtype) -> None:
     """--dry-run: what the models and the optimizer take, activations and caches aside."""
     ours, theirs = parameters
-    item, trained = dtype.itemsize, 0 if args.peft else ours
-    cost = training_cost(ours, trained, item, stored_dtype.itemsize, args.zero)
+    item, trained = dtype.itemsize, 0 if settings.peft else ours
+    cost = training_cost(ours, trained, item, stored_dtype.itemsize, settings.zero)
     memory = (cost.memory + theirs * item) / 1e9
     print(
-        f"minillm: {args.model} ({ours / 1e6:.2f} M parameters, {precision.name(dtype)}), "
-        f"teacher {args.teacher} "
-        f"({theirs / 1e6:.2f} M) -> {args.out}\nmemory: about {memory:.2f} GB a process, and the "
-        f"activations of {args.batch_size} rollouts or the caches of {args.chunk_size}; disk: "
-        f"{cost.result / 1e6:.1f} MB, and while it runs {cost.disk / 1e6:.1f} MB"
+        f"minillm: {settings.model} ({ours / 1e6:.2f} M parameters, {precision.name(dtype)}), "
+        f"teacher {settings.teacher} ({theirs / 1e6:.2f} M) -> {settings.out}\n"
+        f"memory: about {memory:.2f} GB a process, and the activations of {settings.batch_size} "
+        f"rollouts or the caches of {settings.chunk_size}; disk: {cost.result / 1e6:.1f} MB, "
+        f"and while it runs {cost.disk / 1e6:.1f} MB"
     )

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import distributed, locks
-from harness.blocks import calibration, preflight, sequential
-from harness.blocks.decoder import Decoder
-from harness.checkpoint import formats, load, runs
+from harness import locks
+from harness.blocks.job import Job, claim, draw, open_decoder, run
+from harness.blocks.sequential import Method, per_stage
+from harness.checkpoint import formats
 from harness.errors import UserError, nearest
 from harness.modules import get_matrix, linears
 from harness.quant.grid import Grid
@@ -100,19 +100,15 @@ def prune(
     if use_variant and goal.m:
         raise UserError("--use_variant is for unstructured sparsity; drop it or the n:m pattern.")
 
-    device = distributed.start(load.pick_device(device))
-    folder = load.resolve(model)
-    decoder = Decoder(folder, device=device, dtype=dtype, name=model)
-    decoder.ignore(ignore)
+    job = Job(model, out, device, dtype, seed, ignore, bos, overwrite, resume, dry_run, command)
+    decoder = open_decoder(job)
     stored = decoder.stored_dtype
     chosen = _chosen(decoder, minlayer, maxlayer, prune_only, invert)
     _check_divides(chosen, goal)
     all_of_them = len(chosen) == sum(len(linears(block)) for block in decoder.blocks)
     if format == "gptq" and not all_of_them:
         raise UserError("the gptq format holds all linears or none; use compressed-tensors.")
-    # Before the data, which may have to be downloaded and take minutes to tokenize.
-    preflight.check(decoder, grid, format, Path(out))
-    runs.claim(Path(out), folder, overwrite, dry_run)
+    claim(job, decoder, grid, format)
 
     settings = {
         "sparsity": goal.sparsity, "prunen": goal.n, "prunem": goal.m, "ratios": ratios,
@@ -127,60 +123,45 @@ def prune(
         "magnitude": {"per_row": per_row},
     }[method]  # fmt: skip
     settings |= {"groupsize": groupsize, "sym": sym} if grid else {}
-    settings |= {"ignore": list(ignore)} if ignore else {}
     if not all_of_them:
         settings |= {
             "minlayer": minlayer, "maxlayer": maxlayer, "prune_only": prune_only, "invert": invert,
         }  # fmt: skip
 
-    windows = calibrated = None
+    drawn = (None, None)
     if method != "magnitude" or ratios == "owl":
         if dataset is None:
             raise UserError(
                 "no calibration dataset given; name one, or use python -m sparse.magnitude, which "
                 "needs none without --ratios owl."
             )
-        windows, calibrated = calibration.draw(
-            decoder,
-            dataset,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            bos="none" if dry_run else bos,
-        )
-    statistics = {"sparsegpt": Hessian, "wanda": methods.Norms, "magnitude": None}[method]
-    packed = grid if format in formats.PACKED else None
-    job = sequential.Method(
-        method, settings, None, statistics, true_sequential, layout=format, grid=packed
-    )
-    if dry_run:
-        from harness.blocks.plan import print_plan
-
-        print_plan(decoder, job, out, 0 if windows is None else windows.numel())
-        return []
+        drawn = draw(job, decoder, dataset, nsamples, seqlen)
     per_block = {}
-    if ratios == "owl":
+    if ratios == "owl" and not dry_run:
         names = {index: [n for i, n in chosen if i == index] for index, _ in chosen}
-        per_block = owl(decoder, windows, names, goal.sparsity, owl_m, owl_lambda)
+        per_block = owl(decoder, drawn[0], names, goal.sparsity, owl_m, owl_lambda)
 
-    def target(where: sequential.Where, name: str) -> methods.Target | None:
-        if (where.index, name) not in chosen:
+    def target(index: int, name: str) -> methods.Target | None:
+        if (index, name) not in chosen:
             return None
-        return methods.Target(per_block.get(where.index, goal.sparsity), goal.n, goal.m)
+        return methods.Target(per_block.get(index, goal.sparsity), goal.n, goal.m)
 
     if method == "sparsegpt":
-        job.update = methods.sparsegpt(
+        update = methods.sparsegpt(
             target, stored, percdamp=percdamp, blocksize=blocksize, grid=grid,
             scale_dtype=formats.scale_dtype(format, stored),
         )  # fmt: skip
+        act = per_stage(update, Hessian, true_sequential)
     elif method == "wanda":
-        job.update = methods.wanda(target, stored, variant=use_variant)
+        update = methods.wanda(target, stored, variant=use_variant)
+        act = per_stage(update, methods.Norms, true_sequential)
     else:
-        job.update = methods.magnitude(target, stored, per_row=per_row)
-    return sequential.compress(
-        decoder, job, Path(out), base=model, windows=windows, calibration=calibrated,
-        command=command, overwrite=overwrite, resume=resume,
+        act = per_stage(methods.magnitude(target, stored, per_row=per_row))
+    prunes = Method(
+        method, settings, [act], () if method == "magnitude" else ("quantized",), layout=format,
+        grid=grid if format in formats.PACKED else None,
     )  # fmt: skip
+    return run(job, decoder, prunes, drawn)
 
 
 def _goal(sparsity: float | None, n: int, m: int) -> methods.Target:

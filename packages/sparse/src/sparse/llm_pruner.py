@@ -228,7 +228,7 @@ def _where(result: dict, out: str) -> str:
 
 
 def _perplexity(args: argparse.Namespace, model: str, when: str) -> None:
-    from harness.blocks.decoder import stream_logits
+    from harness.blocks.streams import stream_logits
     from harness.checkpoint import load
     from harness.data import corpora
     from harness.losses import nll

@@ -57,27 +57,27 @@ class Norms:
 
 
 def sparsegpt(
-    target: Callable[[str, str], Target | None], dtype: torch.dtype, *, percdamp: float,
+    target: Callable[[int, str], Target | None], dtype: torch.dtype, *, percdamp: float,
     blocksize: int, grid: Grid | None, scale_dtype: torch.dtype,
 ):  # fmt: skip
-    """SparseGPT's update; ``target(where, name)`` says how much goes, or None to leave a linear.
+    """SparseGPT's update; ``target(block, name)`` says how much goes, or None to leave a linear.
     ``dtype``, ``scale_dtype``: of the stored values and scales.
 
     Linears of a stage share the Hessian and its factor. Each is solved alone, because the masks'
     thresholds are per linear; all ranks solve all of them, because a threshold spans all rows.
     """
 
-    def update(matrices, hessian, where):
-        chosen = _chosen(matrices, target, where)
+    def update(matrices, hessian, hand):
+        chosen = _chosen(matrices, target, hand)
         if not chosen:
             return {}
         matrix = hessian.mean()
         diagonal = matrix.diagonal()
-        _check_finite(diagonal, matrices, where)
+        _check_finite(diagonal, matrices, hand)
         dead = diagonal == 0
         diagonal[dead] = 1
         try:
-            factor, damping = inverse_factor(matrix, percdamp, f"{where} {'/'.join(matrices)}")
+            factor, damping = inverse_factor(matrix, percdamp, f"{hand} {'/'.join(matrices)}")
         except ArithmeticError as error:
             raise UserError(
                 f"{error} Give more or other calibration text, or a larger --percdamp."
@@ -112,11 +112,11 @@ def wanda(target, dtype: torch.dtype, *, variant: bool):
     The error is that of inputs without correlations, all that the norms can tell.
     """
 
-    def update(matrices, norms, where):
+    def update(matrices, norms, hand):
         scale = norms.root_mean_square()
-        _check_finite(scale, matrices, where)
+        _check_finite(scale, matrices, hand)
         updates = {}
-        for name, goal in _chosen(matrices, target, where).items():
+        for name, goal in _chosen(matrices, target, hand).items():
             weight = matrices[name]
             scores = weight.abs() * scale
             if goal.m:
@@ -136,9 +136,9 @@ def wanda(target, dtype: torch.dtype, *, variant: bool):
 def magnitude(target, dtype: torch.dtype, *, per_row: bool):
     """Magnitude pruning: the smallest of the whole matrix go, or of every row. Looks at no data."""
 
-    def update(matrices, statistics, where):
+    def update(matrices, statistics, hand):
         updates = {}
-        for name, goal in _chosen(matrices, target, where).items():
+        for name, goal in _chosen(matrices, target, hand).items():
             weight, scores = matrices[name], matrices[name].abs()
             if goal.m:
                 mask = masks.n_of_m(scores, goal.n, goal.m)
@@ -150,15 +150,15 @@ def magnitude(target, dtype: torch.dtype, *, per_row: bool):
     return update
 
 
-def _chosen(matrices, target, where) -> dict[str, Target]:
-    goals = {name: target(where, name) for name in matrices}
+def _chosen(matrices, target, hand) -> dict[str, Target]:
+    goals = {name: target(hand.index, name) for name in matrices}
     return {name: goal for name, goal in goals.items() if goal is not None}
 
 
-def _check_finite(values: torch.Tensor, matrices, where: str) -> None:
+def _check_finite(values: torch.Tensor, matrices, hand) -> None:
     if not torch.isfinite(values).all():
         raise UserError(
-            f"{where}: the inputs of {', '.join(matrices)} hold NaN or infinite values; try "
+            f"{hand}: the inputs of {', '.join(matrices)} hold NaN or infinite values; try "
             "--dtype bfloat16 or float32."
         )
 

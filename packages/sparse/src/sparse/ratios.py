@@ -9,9 +9,9 @@ the mean is the target.
 import torch
 
 from harness import distributed, memory
-from harness.blocks.block_pass import BlockPass
+from harness.blocks.block import BlockInHand
 from harness.blocks.decoder import Decoder
-from harness.blocks.sequential import Method
+from harness.blocks.streams import Streams
 from harness.errors import UserError
 from harness.modules import get_matrix
 from harness.progress import track
@@ -64,19 +64,18 @@ def owl(
 ) -> dict[int, float]:
     """Sparsity of each block of ``chosen`` (its linears that are to be pruned), from one more pass
     over the dense model. ``windows`` [N, T] are dealt to the ranks as in the pass itself."""
-    norms: dict[str, torch.Tensor] = {}
-
-    def record(matrices, statistics, where):
-        norms.update(dict.fromkeys(matrices, statistics.root_mean_square()))
-        return {}
-
-    dense = BlockPass(decoder, Method("owl", {}, record, Norms), windows, False, None)
     outliers, sizes = [], []
     last = max(chosen)
+    streams = Streams(decoder, windows)
     for index in track(range(last + 1), "owl", last + 1):
-        norms.clear()
-        block = decoder.blocks[index]
-        dense.compress(index)
+        hand = BlockInHand(decoder, index, streams)
+        norms = {
+            name: gathered.root_mean_square()
+            for names, gathered in hand.statistics(Norms)
+            for name in names
+        }
+        hand.advance()
+        block = hand.block
         if index in chosen:
             names = [name for name in chosen[index] if name in norms]
             weights = [get_matrix(block.get_submodule(name)).float().abs() for name in names]

@@ -6,7 +6,8 @@ import torch
 import transformers
 
 import families
-from harness.blocks.decoder import Decoder, stream_logits
+from harness.blocks.decoder import Decoder
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, nonuniform
 from harness.errors import UserError
 from sparse.structured import groups

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import families
 from harness import paths
-from harness.blocks.decoder import stream_logits
+from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, nonuniform
 from harness.checkpoint.nonuniform import skeleton
 from harness.checkpoint.weights import Weights
