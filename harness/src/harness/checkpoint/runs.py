@@ -215,12 +215,14 @@ class RunFolder:
         self.release()
 
     def forget(self) -> None:
-        """Remove all that a run leaves beside ``out``."""
+        """Remove all that a run leaves beside ``out``; a result that was to be replaced stays until
+        one has taken its place."""
         # The file first: without it nothing in the folders counts.
         half = [self._half] if self.kind is None else []
         for path in (self.file, self.file.with_name(f"{self.file.name}.tmp"), *half):
             path.unlink(missing_ok=True)
-        for folder in (self.partial, self.side, self._replaced):
+        replaced = [self._replaced] if self.out.exists() else []
+        for folder in (self.partial, self.side, *replaced):
             shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> None:
