@@ -181,7 +181,9 @@ def test_another_run_there_is_refused_by_name(source, tmp_path, capsys):
     assert trainer_driver.main(source, out, zero=1) == 2
     assert "begun by another run (settings, zero: 0 there, 1 now)" in capsys.readouterr().err
     assert trainer_driver.main(source, out, zero=1, resume=False) == 0
-    assert trainer_driver.main(source, out, zero=1) == 2
+    assert trainer_driver.main(source, out, zero=1) == 0
+    assert f"{out} is finished already." in capsys.readouterr().err
+    assert trainer_driver.main(source, out) == 2
     assert "--overwrite" in capsys.readouterr().err
 
 
