@@ -73,12 +73,21 @@ class RunFolder:
     def release(self) -> None:
         locks.release(self._lock)
 
-    def claim(self, overwrite: bool) -> None:
-        """Hold ``out``, before any work.
+    def claim(self, overwrite: bool, dry_run: bool = False) -> None:
+        """Hold and :meth:`check` ``out``, before any work and on every rank; a dry run holds
+        nothing, and minds no result that is there.
 
         Raises:
             UserError: another run holds it, or :meth:`check` refuses it.
         """
+        from harness import distributed  # torch, which a command that joins texts does without
+
+        if dry_run:
+            self.check(overwrite=True)
+        else:
+            distributed.lead(lambda: self._hold_checked(overwrite))
+
+    def _hold_checked(self, overwrite: bool) -> None:
         self.hold()
         try:
             self.check(overwrite)
@@ -116,7 +125,7 @@ class RunFolder:
             UserError: as :meth:`claim`, or ``out`` is another run's result.
         """
         self.identity, self._overwrite = json.loads(json.dumps(identity)), overwrite
-        self.claim(overwrite)
+        self._hold_checked(overwrite)
         if self.out.exists() and not overwrite:
             same = resume and self._maker() == _digest(self.identity)
             self.release()
@@ -298,17 +307,11 @@ def claim(out: Path, source: Path, overwrite: bool, dry_run: bool = False) -> No
         UserError: as there, ``out`` is the model or in its folder, or what the result takes over
             from ``source`` cannot be read.
     """
-    from harness import distributed  # torch, which a command that joins text files can do without
-
-    run = RunFolder(out)
     paths.check_place(out)
     _check_apart(out, source)
     side_files.paths_in(source)
     recipe.steps(source)
-    if dry_run:
-        run.check(overwrite=True)
-    else:
-        distributed.lead(lambda: run.claim(overwrite))
+    RunFolder(out).claim(overwrite, dry_run)
 
 
 def _check_apart(out: Path, source: Path) -> None:

@@ -27,19 +27,6 @@ class Said(NamedTuple):
     ended: bool
 
 
-def claim(out: Path, overwrite: bool, dry_run: bool = False) -> None:
-    """Check and hold the file ``out``, before any work and on every rank; a dry run holds nothing.
-
-    Raises:
-        UserError: ``out`` may not be made, or another process is making it.
-    """
-    run = runs.RunFolder(out, kind=None)
-    if dry_run:
-        run.check(overwrite=True)
-    else:
-        distributed.lead(lambda: run.claim(overwrite))
-
-
 def identity(source: Path, settings: dict, texts: list[str]) -> dict:
     """What a resumed run must have in common with the interrupted one: the model at ``source``,
     ``settings`` and the prompts, beside versions."""

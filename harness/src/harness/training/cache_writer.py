@@ -21,11 +21,7 @@ KIND = runs.Kind("a teacher's cache", teacher_cache.NOTE, teacher_cache.NOTE)
 def check(out: Path, overwrite: bool, batch: int, dry_run: bool = False) -> None:
     """Raise :class:`UserError` unless ``out`` may be made, ``batch`` examples at a time; hold
     it, unless this is a dry run."""
-    run = runs.RunFolder(out, KIND)
-    if dry_run:
-        run.check(overwrite=True)
-    else:
-        distributed.lead(lambda: run.claim(overwrite))
+    runs.RunFolder(out, KIND).claim(overwrite, dry_run)
     if batch < 1:
         raise UserError(f"--batch-size {batch}: at least 1.")
 

@@ -79,7 +79,8 @@ def mix(
     """
     out = Path(out)
     run = runs.RunFolder(out, kind=None)
-    run.claim(overwrite)
+    run.hold()
+    run.check(overwrite)
     if max_sample is not None and max_sample < 1:
         raise UserError(f"--max_sample {max_sample}: at least 1.")
     found = [row for name in data for row in read(Path(name))]
