@@ -121,12 +121,8 @@ def train(
         run.save(running, progress)
 
     if not progress.rows:
-        try:
+        with run.folder.nothing_left():
             look()
-        except Diverged:
-            # No state was saved from which the same command could go on.
-            distributed.lead(run.folder.forget)
-            raise
     running.train(mode)
     meter = Meter(step_entry["method"], training.steps, progress.step, progress.tokens)
     log = run.events(progress.step)
