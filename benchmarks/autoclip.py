@@ -46,10 +46,10 @@ def problem(args):
 def ours(weight, inputs, grid, args):
     import torch
 
-    from bitdistiller.autoclip_run import GroupMoments
     from harness.quant.clip_search import search
+    from harness.quant.hessian import GroupMoments
 
-    moments = GroupMoments(weight.shape[1], "cpu", grid)
+    moments = GroupMoments(weight.shape[1], "cpu", grid.group_size)
     moments.add(inputs)
     low, high, *_ = search(weight, moments.mean(), grid, torch.bfloat16)
     return low, high

@@ -21,7 +21,7 @@ from math import inf
 from types import NoneType
 from typing import ClassVar, get_args
 
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 
 REQUIRED = dataclasses.MISSING
 # (what a value must be, how an error says it)
@@ -101,18 +101,20 @@ class Shared:
             if choices:
                 holds, words = choices.__contains__, f"expected {', '.join(map(str, choices))}"
             if value is not None and not holds(value):
-                raise UserError(f"{_names(self, field)[0]} {value}: {words}.")
+                meant = nearest(str(value), map(str, choices or ()))
+                raise UserError(f"{_names(self, field)[0]} {value}: {words}.{meant}")
 
 
 def groups(cls) -> list[tuple[str | None, list[dataclasses.Field]]]:
-    """(heading, fields) of a settings class: its own first, without a heading, then each base's."""
+    """(heading, fields) of a settings class: its own first, then each base's under its docstring;
+    those and words, which need no heading, without one."""
     left = {field.name: field for field in dataclasses.fields(cls)}
-    bases = [
-        (base.__doc__, [left.pop(f.name) for f in dataclasses.fields(base) if f.name in left])
-        for base in cls.__bases__
-        if base is not object
-    ]
-    return [(None, list(left.values())), *bases]
+    found = []
+    for base in cls.__mro__[:-1]:
+        own = [left.pop(name) for name in inspect.get_annotations(base) if name in left]
+        words = all(field.metadata["names"] is None for field in own)
+        found.append((None if base is cls or words else base.__doc__, own))
+    return found
 
 
 def make_parser(cls, command: str, epilog: str) -> argparse.ArgumentParser:

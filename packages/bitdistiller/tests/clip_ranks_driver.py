@@ -8,7 +8,7 @@ import sys
 import torch
 
 from bitdistiller import autoclip
-from bitdistiller.autoclip_run import clip
+from bitdistiller.autoclip import clip
 from harness import distributed
 from harness.blocks import decoder
 

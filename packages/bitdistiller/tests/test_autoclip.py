@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import driving
 import families
 from bitdistiller import autoclip, clip_file, student
-from bitdistiller.autoclip_run import UNCLIPPED, clip, make_grid
+from bitdistiller.autoclip import clip
+from bitdistiller.autoclip_run import UNCLIPPED, make_grid
 from harness import precision
 from harness.blocks import decoder as decoder_module
 from harness.checkpoint import load

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 import driving
 import families
 from bitdistiller import clip_file
-from bitdistiller.autoclip import main
-from bitdistiller.autoclip_run import clip
+from bitdistiller.autoclip import clip, main
 from harness.blocks import sequential
 from harness.errors import UserError
 from harness.quant.grid import Grid

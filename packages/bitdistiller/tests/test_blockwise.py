@@ -157,9 +157,9 @@ def test_refusals(inputs, tmp_path, capsys, monkeypatch):
 
     assert "expected one of 2" in refused("--bits", "9")
     assert "does not divide" in refused("--group_size", "24")
-    assert "--val_size is 0" in refused("--val_size", "0")
+    assert "--val_size 0: at least 1" in refused("--val_size", "0")
     assert "bitdistiller.autoclip" in refused("--clip", str(tmp_path / "nothing"))
-    assert "--weight_lr is -1.0" in refused("--weight-lr", "-1")
+    assert "--weight_lr -1.0: expected 0 or more" in refused("--weight-lr", "-1")
     # Windows that are held out are not what --nsamples asks for.
     counted = re.search(r"use --nsamples (\d+)", refused("--nsamples", "9999"))[1]
     assert run(inputs, tmp_path / "out", "--nsamples", counted, "--dry-run") == 0

@@ -78,7 +78,10 @@ WORDS = {
         ["model", "text.txt", "--wbits", "5", "--format", "gptq"],
         "2, 3, 4 or 8 bits, not 5",
     ),
-    "damping": (["model", "text.txt", "--percdamp", "0"], "percdamp is 0"),
+    "damping": (
+        ["model", "text.txt", "--percdamp", "0"],
+        "--percdamp 0.0: expected a fraction",
+    ),
     "device": (["model", "text.txt", "--device", "gpu"], "expected auto, cpu, cuda"),
 }
 

@@ -119,8 +119,16 @@ SOME = {
     ),
     "no windows": (sparsegpt, [*GOOD, *HALF, "--nsamples", "0"], "at least 1 window"),
     "window too long": (wanda, [*GOOD, *HALF, "--seqlen", "65"], "65 .* context of 64"),
-    "damping": (sparsegpt, [*GOOD, *HALF, "--percdamp", "0"], "percdamp is 0"),
-    "block size": (sparsegpt, [*GOOD, *HALF, "--blocksize", "0"], "blocksize is 0"),
+    "damping": (
+        sparsegpt,
+        [*GOOD, *HALF, "--percdamp", "0"],
+        "--percdamp 0.0: expected",
+    ),
+    "block size": (
+        sparsegpt,
+        [*GOOD, *HALF, "--blocksize", "0"],
+        "--blocksize 0: expected",
+    ),
     "unknown bits": (sparsegpt, [*GOOD, *HALF, "--wbits", "9"], "bits is 9; expected one of 2, 3"),
     "bits of the baseline": (sparsegpt, [*GOOD, *HALF, "--gmp", "--wbits", "4"], "wbits is 4"),
     "packed without bits": (

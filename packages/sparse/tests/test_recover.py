@@ -233,12 +233,13 @@ def test_zeros_stay_or_are_filled_knowingly(place, tmp_path):
 
 
 def test_blocks_of_unequal_size_stay_so(place, tmp_path):
-    from sparse.structured import prune
+    from sparse import llm_pruner
 
     cut, out, text = tmp_path / "cut", tmp_path / "out", str(place / "text.txt")
-    prune.prune(
-        str(place / "llama"), text, out=cut, pruning_ratio=0.5, block_mlp_layers=(1, 4),
-        block_attention_layers=(2, 4), num_examples=2, max_seq_len=16,
+    llm_pruner.prune(
+        str(place / "llama"), text, out=cut, pruning_ratio=0.5, block_mlp_layer_start=1,
+        block_mlp_layer_end=4,
+        block_attention_layer_start=2, block_attention_layer_end=4, num_examples=2, max_seq_len=16,
     )  # fmt: skip
     result = recover_run.recover(str(cut), text, out=out, teacher=str(place / "llama"), **QUICK)
     old, new = (load.load_model(folder) for folder in (cut, out))

@@ -2,7 +2,7 @@
 drawn, then the pass or, with --dry-run, the plan."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -41,6 +41,12 @@ class Job:
     dry_run: bool = False
     command: str = ""
 
+    @classmethod
+    def of(cls, settings, command: str) -> "Job":
+        """The job of a command's settings, which have fields of these names."""
+        names = [field.name for field in fields(cls) if hasattr(settings, field.name)]
+        return cls(command=command, **{name: getattr(settings, name) for name in names})
+
 
 def open_decoder(job: Job, *, trains: bool = False) -> Decoder:
     """The model of ``job``, on every rank; its process group begun.
@@ -78,7 +84,7 @@ def draw(
     )  # fmt: skip
 
 
-def run(
+def run_job(
     job: Job,
     decoder: Decoder,
     method: sequential.Method,

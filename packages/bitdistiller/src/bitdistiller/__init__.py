@@ -6,11 +6,11 @@ __all__ = ["clip", "train_blocks"]
 def __getattr__(name: str):
     # Loaded on first use: the command lines answer --help without importing torch.
     if name == "clip":
-        from bitdistiller.autoclip_run import clip
+        from bitdistiller.autoclip import clip
 
         return clip
     if name == "train_blocks":
-        from bitdistiller.blockwise_run import train_blocks
+        from bitdistiller.blockwise import train_blocks
 
         return train_blocks
     raise AttributeError(name)

@@ -2,8 +2,13 @@
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 from harness import cli
+from harness.errors import UserError
+from harness.settings import BOS, IGNORE, Shared, flag, make_parser, word
 
 EXAMPLES = """\
 examples:
@@ -18,119 +23,116 @@ then:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """what to make"""
+
+    w_bit: int | None = flag(None, "bits per weight, 2-8 (default 2; nf3: 3, nf4: 4)")
+    q_group_size: int = flag(
+        128, "columns that share a range (default 128); -1 is one range per row"
+    )
+    quant_type: str = flag(
+        "int", "asymmetric integers (default), or NormalFloat with a scale for each sign",
+        choices=["int", "nf3", "nf4"],
+    )  # fmt: skip
+    format: str | None = flag(
+        None, "how the checkpoint is stored (default compressed-tensors: packed, loads in "
+        "transformers and vLLM; gptq: for GPTQ kernels; dense: rounded values at full size, "
+        "default and only one for NormalFloat)", choices=["compressed-tensors", "gptq", "dense"],
+    )  # fmt: skip
+    dump_clip: str | None = flag(None, "copy clip.safetensors to FILE too", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """how"""
+
+    n_samples: int = flag(
+        128, "calibration windows (default 128)",
+        names=["--n_samples", "--n-samples", "--nsamples"],
+    )  # fmt: skip
+    seqlen: int | None = flag(None, "tokens per window (default 1024, or the model's context)")
+    calib_dataset: str | None = flag(
+        None, "the original's spelling of DATASET (pile is pileval)", metavar="DATASET"
+    )
+    run_clip: bool = flag(False, "the original's; always done here")
+    ignore: list[str] = flag([], **IGNORE)
+    bos: str = flag("auto", **BOS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Result, How, Shared):
+    """Asymmetric clipping: for every group of weights the range, its ends shrunk independently,
+    whose rounding hurts the layer's output least. Writes the clipped and rounded checkpoint, and in
+    it clip.safetensors, from which training starts.
+    """
+
+    SEPARATORS: ClassVar[tuple[str, ...]] = ("_", "-")
+
+    model: str = word("model", "folder, hub id, or embedded: tiny-llama, tiny-llama-student")
+    dataset: str | None = word(
+        "dataset", "calibration text: pileval (default), wikitext2, ptb, c4, alpaca, dolly, stdlib "
+        "(embedded), or a local .txt/.jsonl/.parquet/.csv file or folder", None,
+    )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        """The dataset from its two spellings.
+
+        Raises:
+            UserError: they do not agree.
+        """
+        named = {"pile": "pileval"}.get(self.calib_dataset, self.calib_dataset)
+        if self.dataset and named and self.dataset != named:
+            raise UserError(
+                f"DATASET {self.dataset} contradicts --calib_dataset {self.calib_dataset}; give "
+                "one of them."
+            )
+        return self.dataset or named or "pileval"
+
+
+def clip(
+    model, dataset: str = "pileval", *, command: str = "bitdistiller.clip(...)", **flags
+) -> list[dict]:
+    """The command from Python: its flags, with underscores, as keywords (out=, w_bit=, ...).
+
+    Returns:
+        One row per linear: block, name, error and error_unclipped (relative, see
+        autoclip_run.py), range_kept (mean over the groups).
+
+    Raises:
+        harness.errors.UserError: anything the user can mend, in one line.
+    """
+    from bitdistiller.autoclip_run import run
+
+    return run(Settings(model=str(model), dataset=dataset, **flags), command)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are the original's where it has them."""
-    p = argparse.ArgumentParser(
-        prog="python -m bitdistiller.autoclip",
-        description="Asymmetric clipping: for every group of weights the range, its ends shrunk "
-        "independently, whose rounding hurts the layer's output least. Writes the clipped and "
-        "rounded checkpoint, and in it clip.safetensors, from which training starts.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("model", help="folder, hub id, or embedded: tiny-llama, tiny-llama-student")
-    p.add_argument(
-        "dataset",
-        nargs="?",
-        help="calibration text: pileval (default), wikitext2, ptb, c4, alpaca, dolly, stdlib "
-        "(embedded), or a local .txt/.jsonl/.parquet/.csv file or folder",
-    )
-    what = p.add_argument_group("what to make")
-    what.add_argument(
-        "--w_bit", "--w-bit", type=int, help="bits per weight, 2-8 (default 2; nf3: 3, nf4: 4)"
-    )
-    what.add_argument(
-        "--q_group_size",
-        "--q-group-size",
-        type=int,
-        default=128,
-        help="columns that share a range (default 128); -1 is one range per row",
-    )
-    what.add_argument(
-        "--quant_type",
-        "--quant-type",
-        default="int",
-        choices=["int", "nf3", "nf4"],
-        help="asymmetric integers (default), or NormalFloat with a scale for each sign",
-    )
-    what.add_argument(
-        "--format",
-        choices=["compressed-tensors", "gptq", "dense"],
-        help="how the checkpoint is stored (default compressed-tensors: packed, loads in "
-        "transformers and vLLM; gptq: for GPTQ kernels; dense: rounded values at full size, "
-        "default and only one for NormalFloat)",
-    )
-    what.add_argument(
-        "--dump_clip", "--dump-clip", metavar="FILE", help="copy clip.safetensors to FILE too"
-    )
-    how = p.add_argument_group("how")
-    how.add_argument(
-        "--n_samples",
-        "--n-samples",
-        "--nsamples",
-        type=int,
-        default=128,
-        help="calibration windows (default 128)",
-    )
-    how.add_argument(
-        "--seqlen", type=int, help="tokens per window (default 1024, or the model's context)"
-    )
-    how.add_argument(
-        "--calib_dataset",
-        "--calib-dataset",
-        metavar="DATASET",
-        help="the original's spelling of DATASET (pile is pileval)",
-    )
-    how.add_argument(
-        "--run_clip", "--run-clip", action="store_true", help="the original's; always done here"
-    )
-    cli.add_ignore(how)
-    cli.add_bos(how)
-    cli.add_shared_flags(p)
-    return p
+    return make_parser(Settings, "bitdistiller.autoclip", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from bitdistiller.autoclip_run import clip, make_grid
+def _run(settings: Settings) -> None:
+    from bitdistiller.autoclip_run import make_grid, run
     from harness import distributed
     from harness.checkpoint import card
 
-    bits = make_grid(args.w_bit, args.q_group_size, args.quant_type).bits
-    kind = f"w{bits}" if args.quant_type == "int" else args.quant_type
-    out = args.out or f"{Path(args.model).name}-clip-{kind}"
+    kind = settings.quant_type
+    if kind == "int":
+        kind = f"w{make_grid(settings.w_bit, settings.q_group_size, kind).bits}"
+    out = settings.out or f"{Path(settings.model).name}-clip-{kind}"
     with distributed.group():
-        rows = clip(
-            args.model, _dataset(args), out=out, w_bit=args.w_bit, q_group_size=args.q_group_size,
-            quant_type=args.quant_type, n_samples=args.n_samples, seqlen=args.seqlen,
-            dump_clip=args.dump_clip, format=args.format, device=args.device, dtype=args.dtype,
-            seed=args.seed, ignore=args.ignore, bos=args.bos,
-            overwrite=args.overwrite, resume=args.resume, dry_run=args.dry_run,
-            command=card.command_line(),
-        )  # fmt: skip
+        rows = run(replace(settings, out=out), card.command_line())
         lead = distributed.rank() == 0
-    if lead and not args.dry_run:
+    if lead and not settings.dry_run:
         _print_table(rows)
         print(f"written to {out}")
-
-
-def _dataset(args: argparse.Namespace) -> str:
-    """DATASET from its two spellings, which must agree."""
-    from harness.errors import UserError
-
-    named = {"pile": "pileval"}.get(args.calib_dataset, args.calib_dataset)
-    if args.dataset and named and args.dataset != named:
-        raise UserError(
-            f"DATASET {args.dataset} contradicts --calib_dataset {args.calib_dataset}; give one of "
-            "them."
-        )
-    return args.dataset or named or "pileval"
 
 
 def _print_table(rows: list[dict]) -> None:

@@ -8,7 +8,6 @@ code: their errors meet in a product, and the output of the linear alone tells t
 import filecmp
 import re
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from bitdistiller import clip_file, result
 from harness import distributed, locks, paths, precision
 from harness.blocks.decoder import Decoder
-from harness.blocks.job import Job, claim, draw, open_decoder, run
+from harness.blocks.job import Job, claim, draw, open_decoder, run_job
 from harness.blocks.plan import OF_WEIGHTS, paused_bytes
 from harness.blocks.sequential import Method, Update, per_stage
 from harness.checkpoint import formats, load
@@ -35,41 +34,12 @@ KINDS = {"int": None, "nf3": 3, "nf4": 4}
 
 
 @locks.releasing
-def clip(
-    model: str,
-    dataset: str = "pileval",
-    *,
-    out: str | Path,
-    w_bit: int | None = None,
-    q_group_size: int = 128,
-    quant_type: str = "int",
-    n_samples: int = 128,
-    seqlen: int | None = None,
-    dump_clip: str | Path | None = None,
-    format: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    ignore: Sequence[str] = (),
-    bos: str = "auto",
-    overwrite: bool = False,
-    resume: bool = True,
-    dry_run: bool = False,
-    command: str = "bitdistiller.clip(...)",
-) -> list[dict]:
-    """Search the ranges of all linears of ``model``'s blocks and write the checkpoint folder
-    ``out``: the weights clamped and rounded to nearest, and clip.safetensors.
+def run(settings, command: str) -> list[dict]:
+    """Search the ranges of all linears of the blocks and write the checkpoint folder
+    ``settings.out``: the weights clamped and rounded to nearest, and clip.safetensors.
 
     Args:
-        model: folder, hub id or embedded name.
-        dataset: calibration text (named dataset, local file, embedded corpus).
-        w_bit: 2 to 8 (default 2; with NormalFloat its own 3 or 4).
-        q_group_size: columns per range, -1 for one per row.
-        quant_type: "int" (asymmetric), "nf3" or "nf4".
-        n_samples, seqlen: calibration windows and their length (default: 1,024 or the model's
-            context, if that is shorter).
-        dump_clip: a file ending in .safetensors that takes a copy of clip.safetensors.
-        format: "compressed-tensors" (default), "gptq" or "dense", the only one for NormalFloat.
+        settings: :class:`bitdistiller.autoclip.Settings`. command: for the card.
 
     Returns:
         One row per linear: block, name, error and error_unclipped (see :func:`_update`),
@@ -78,23 +48,25 @@ def clip(
     Raises:
         harness.errors.UserError: anything the user can mend, in one line.
     """
-    grid = make_grid(w_bit, q_group_size, quant_type)
-    format = _check_format(format, quant_type)
-    dump_clip = _check_dump(dump_clip, Path(out), overwrite)
-    job = Job(model, out, device, dtype, seed, ignore, bos, overwrite, resume, dry_run, command)
-    result.check_dense(load.resolve(model))
+    s = settings
+    grid = make_grid(s.w_bit, s.q_group_size, s.quant_type)
+    layout, text = _layout(s.format, s.quant_type), s.text
+    job = Job.of(settings, command)
+    dump_clip = _check_dump(s.dump_clip, Path(job.out), s.overwrite)
+    result.check_dense(load.resolve(s.model))
     decoder = open_decoder(job, trains=True)
-    claim(job, decoder, grid, format)
+    claim(job, decoder, grid, layout)
+    seqlen = s.seqlen
     if seqlen is None:
         seqlen = min(SEQLEN, window_length(decoder.config))
-    drawn = draw(job, decoder, dataset, n_samples, seqlen)
-    update = _update(grid, decoder, formats.scale_dtype(format, decoder.stored_dtype))
-    moments = partial(GroupMoments, group_size=q_group_size)
+    drawn = draw(job, decoder, text, s.n_samples, seqlen)
+    update = _update(grid, decoder, formats.scale_dtype(layout, decoder.stored_dtype))
+    moments = partial(GroupMoments, group_size=s.q_group_size)
     method = Method(
         "autoclip",
-        {"w_bit": grid.bits, "q_group_size": q_group_size, "quant_type": quant_type},
+        {"w_bit": grid.bits, "q_group_size": s.q_group_size, "quant_type": s.quant_type},
         [per_stage(update, moments)],
-        layout=format,
+        layout=layout,
         grid=grid if isinstance(grid, Grid) else None,
         side_file=clip_file.FILE,
         side_note=clip_file.note(decoder.weights.folder, grid),
@@ -105,7 +77,7 @@ def clip(
         return 2 * rows * groups * decoder.stored_dtype.itemsize
 
     try:
-        rows = run(job, decoder, method, drawn, cost=partial(_cost, grid), side=side)
+        rows = run_job(job, decoder, method, drawn, cost=partial(_cost, grid), side=side)
     except Finished:
         _dump(job, dump_clip)  # the run that finished may have been killed before it
         raise
@@ -143,14 +115,11 @@ def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | Nor
     return NormalFloat(own, group_size)
 
 
-def _check_format(format: str | None, quant_type: str) -> str:
+def _layout(format: str | None, quant_type: str) -> str:
     levels = KINDS.get(quant_type) is not None
-    format = format or ("dense" if levels else formats.FORMATS[0])
-    if format not in formats.FORMATS:
-        raise UserError(f"format {format}: expected one of {', '.join(formats.FORMATS)}.")
-    if levels and format != "dense":
+    if levels and format not in (None, "dense"):
         raise UserError(f"the {format} format holds integers; {quant_type} needs --format dense.")
-    return format
+    return format or ("dense" if levels else formats.FORMATS[0])
 
 
 def _check_dump(path: str | Path | None, out: Path, overwrite: bool) -> Path | None:

@@ -2,8 +2,12 @@
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 from harness import cli
+from harness.settings import AT_LEAST_1, BOS, IGNORE, NOT_NEGATIVE, Shared, flag, make_parser, word
 
 EXAMPLES = """\
 examples:
@@ -17,102 +21,100 @@ or as it is:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """what to make"""
+
+    bits: int = flag(2, "bits per weight, 2-8 (default 2)", names=["--bits", "--wbits"])
+    group_size: int = flag(
+        128, "columns that share a scale; -1 is one scale per row (default 128)",
+        names=["--q_group_size", "--q-group-size", "--group_size", "--group-size"],
+    )  # fmt: skip
+    clip: str | None = flag(
+        None, "what python -m bitdistiller.autoclip made, folder or clip.safetensors (default: "
+        "begin at the full ranges)", metavar="PATH",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """how"""
+
+    nsamples: int = flag(
+        4096, "windows to train on (default 4096); memory holds two hidden states of each of their "
+        "tokens", names=["--nsamples", "--train_size", "--train-size"], check=AT_LEAST_1,
+    )  # fmt: skip
+    val_size: int = flag(
+        64, "further windows that the printed errors are measured on (default 64)",
+        check=AT_LEAST_1,
+    )  # fmt: skip
+    seqlen: int | None = flag(
+        None, "tokens per window (default: the model's context, at most 2048)",
+        names=["--seqlen", "--training_seqlen", "--training-seqlen"],
+    )  # fmt: skip
+    batch_size: int = flag(2, "windows per step (default 2)", check=AT_LEAST_1)
+    epochs: int = flag(2, "per block (default 2)", check=NOT_NEGATIVE)
+    quant_lr: float = flag(
+        1e-4, "first learning rate of scales and zero points (default 1e-4; 0 leaves them); it "
+        "falls to a twentieth along a cosine", metavar="R", check=NOT_NEGATIVE,
+    )  # fmt: skip
+    weight_lr: float | None = flag(
+        None, "the same of the weights (default 2e-5 at 2 bits, else 1e-5)", metavar="R",
+        check=NOT_NEGATIVE,
+    )  # fmt: skip
+    ignore: list[str] = flag([], **IGNORE)
+    bos: str = flag("auto", **BOS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Result, How, Shared):
+    """Train a model's blocks one after another so that each gives, with quantized weights, what it
+    gave dense (EfficientQAT's Block-AP). Weights, scales and zero points are trained; one block is
+    in memory at a time.
+    """
+
+    SEPARATORS: ClassVar[tuple[str, ...]] = ("_", "-")
+
+    model: str = word("model", "folder, hub id, or embedded: tiny-llama, tiny-llama-student")
+    dataset: str = word(
+        "dataset", "text: wikitext2, ptb, c4, pileval (default), alpaca, dolly, stdlib (embedded), "
+        "or a local .txt/.jsonl/.parquet/.csv file or folder", "pileval",
+    )  # fmt: skip
+
+
+def train_blocks(
+    model, dataset: str = "pileval", *, command: str = "bitdistiller.train_blocks(...)", **flags
+) -> list[dict]:
+    """The command from Python: its flags, with underscores, as keywords (out=, bits=, ...).
+
+    Returns:
+        One row per linear: its block's relative error "before" and after ("error").
+
+    Raises:
+        harness.errors.UserError: anything the user can mend, in one line.
+    """
+    from bitdistiller.blockwise_run import run
+
+    return run(Settings(model=str(model), dataset=dataset, **flags), command)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; EfficientQAT's names are understood too."""
-    p = argparse.ArgumentParser(
-        prog="python -m bitdistiller.blockwise",
-        description="Train a model's blocks one after another so that each gives, with quantized "
-        "weights, what it gave dense (EfficientQAT's Block-AP). Weights, scales and zero points "
-        "are trained; one block is in memory at a time.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("model", help="folder, hub id, or embedded: tiny-llama, tiny-llama-student")
-    p.add_argument(
-        "dataset",
-        nargs="?",
-        default="pileval",
-        help="text: wikitext2, ptb, c4, pileval (default), alpaca, dolly, stdlib (embedded), or a "
-        "local .txt/.jsonl/.parquet/.csv file or folder",
-    )
-    what = p.add_argument_group("what to make")
-    what.add_argument(
-        "--bits", "--wbits", type=int, default=2, help="bits per weight, 2-8 (default 2)"
-    )
-    what.add_argument(
-        "--q_group_size", "--q-group-size", "--group_size", "--group-size",
-        type=int,
-        default=128,
-        help="columns that share a scale; -1 is one scale per row (default 128)",
-    )  # fmt: skip
-    what.add_argument(
-        "--clip",
-        metavar="PATH",
-        help="what python -m bitdistiller.autoclip made, folder or clip.safetensors (default: "
-        "begin at the full ranges)",
-    )
-    how = p.add_argument_group("how")
-    how.add_argument(
-        "--nsamples", "--train_size", "--train-size",
-        type=int,
-        default=4096,
-        help="windows to train on (default 4096); memory holds two hidden states of each of their "
-        "tokens",
-    )  # fmt: skip
-    how.add_argument(
-        "--val_size", "--val-size",
-        type=int,
-        default=64,
-        help="further windows that the printed errors are measured on (default 64)",
-    )  # fmt: skip
-    how.add_argument(
-        "--seqlen", "--training_seqlen", "--training-seqlen",
-        type=int,
-        help="tokens per window (default: the model's context, at most 2048)",
-    )  # fmt: skip
-    how.add_argument(
-        "--batch_size", "--batch-size", type=int, default=2, help="windows per step (default 2)"
-    )
-    how.add_argument("--epochs", type=int, default=2, help="per block (default 2)")
-    how.add_argument(
-        "--quant_lr", "--quant-lr",
-        type=float,
-        default=1e-4,
-        help="first learning rate of scales and zero points (default 1e-4); it falls to a "
-        "twentieth along a cosine",
-    )  # fmt: skip
-    how.add_argument(
-        "--weight_lr", "--weight-lr",
-        type=float,
-        help="the same of the weights (default 2e-5 at 2 bits, else 1e-5)",
-    )  # fmt: skip
-    cli.add_ignore(how)
-    cli.add_bos(how)
-    cli.add_shared_flags(p)
-    return p
+    return make_parser(Settings, "bitdistiller.blockwise", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from bitdistiller.blockwise_run import train_blocks
+def _run(settings: Settings) -> None:
+    from bitdistiller.blockwise_run import run
     from harness.checkpoint import card
 
-    out = args.out or f"{Path(args.model).name}-blockwise-w{args.bits}"
-    rows = train_blocks(
-        args.model, args.dataset, out=out, bits=args.bits, group_size=args.q_group_size,
-        clip=args.clip, nsamples=args.nsamples, val_size=args.val_size, seqlen=args.seqlen,
-        batch_size=args.batch_size, epochs=args.epochs, quant_lr=args.quant_lr,
-        weight_lr=args.weight_lr, device=args.device, dtype=args.dtype, seed=args.seed,
-        ignore=args.ignore, bos=args.bos, overwrite=args.overwrite, resume=args.resume,
-        dry_run=args.dry_run, command=card.command_line(),
-    )  # fmt: skip
-    if args.dry_run:
+    out = settings.out or f"{Path(settings.model).name}-blockwise-w{settings.bits}"
+    rows = run(replace(settings, out=out), card.command_line())
+    if settings.dry_run:
         return
     print("| block | relative error before | after |\n| ---: | ---: | ---: |")
     for index, row in {row["block"]: row for row in rows}.items():

@@ -9,10 +9,8 @@ Block-AP, arXiv 2407.11062, section 3.2): weights, scales and zero points togeth
 The loop stands in harness.blocks.block_training; here is what is trained.
 """
 
-import math
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import nn
 from bitdistiller import clip_file, result, student
 from harness import locks, modules
 from harness.blocks.block_training import train
-from harness.blocks.job import Job, claim, draw, open_decoder, run
+from harness.blocks.job import Job, claim, draw, open_decoder, run_job
 from harness.blocks.plan import activation_bytes
 from harness.blocks.sequential import BlockInHand, Method, Update
 from harness.checkpoint import hashes, load
@@ -55,78 +53,44 @@ class Plan:
 
 
 @locks.releasing
-def train_blocks(
-    model: str,
-    dataset: str = "pileval",
-    *,
-    out: str | Path,
-    bits: int = 2,
-    group_size: int = 128,
-    clip: str | Path | None = None,
-    nsamples: int = 4096,
-    val_size: int = 64,
-    seqlen: int | None = None,
-    batch_size: int = 2,
-    epochs: int = 2,
-    quant_lr: float = 1e-4,
-    weight_lr: float | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    ignore: Sequence[str] = (),
-    bos: str = "auto",
-    overwrite: bool = False,
-    resume: bool = True,
-    dry_run: bool = False,
-    command: str = "bitdistiller.train_blocks(...)",
-) -> list[dict]:
-    """Train every block of ``model`` and write the result folder ``out``: quantized values, dense,
-    and grid.safetensors. Resumable block by block.
+def run(settings, command: str) -> list[dict]:
+    """Train every block and write the result folder ``settings.out``: quantized values, dense, and
+    grid.safetensors. Resumable block by block.
 
     Args:
-        model, dataset: as everywhere in the house.
-        clip: file or folder of clip ranges to begin from.
-        nsamples, val_size: windows of ``seqlen`` tokens to train and to measure on.
-        quant_lr, weight_lr: first learning rates of the grids and of the weights; 0 leaves them.
+        settings: :class:`bitdistiller.blockwise.Settings`. command: for the card.
 
     Returns:
-        One row per linear: its block's relative error before and after ("error").
+        One row per linear: its block's relative error "before" and after ("error").
 
     Raises:
         UserError: anything the user can mend, in one line.
     """
-    grid = Grid(bits, group_size)
-    weight_lr = (2e-5 if bits == 2 else 1e-5) if weight_lr is None else weight_lr
-    counts = {"nsamples": nsamples, "val_size": val_size, "batch_size": batch_size}
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"--{name} is {value}; expected at least 1.")
-    for name, value in {"epochs": epochs, "quant_lr": quant_lr, "weight_lr": weight_lr}.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{name} is {value}; expected 0 or more.")
+    s = settings
+    grid = Grid(s.bits, s.group_size)
+    weight_lr = (2e-5 if s.bits == 2 else 1e-5) if s.weight_lr is None else s.weight_lr
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("blocks are trained by one process; start it without torchrun.")
-    result.check_dense(load.resolve(model))
-    job = Job(model, out, device, dtype, seed, ignore, bos, overwrite, resume, dry_run, command)
+    result.check_dense(load.resolve(s.model))
+    job = Job.of(settings, command)
     decoder = open_decoder(job, trains=True)
-    ranges = None if clip is None else clip_file.read(clip, decoder.weights.folder, grid)
+    ranges = None if s.clip is None else clip_file.read(s.clip, decoder.weights.folder, grid)
     claim(job, decoder, grid, "dense")
     student.check(decoder.model, grid, ranges=ranges, learn="all")
-    settings = {
-        "bits": bits, "group_size": group_size, "clip": None if clip is None else _mark(clip),
-        "val_size": val_size, "batch_size": batch_size, "epochs": epochs, "quant_lr": quant_lr,
-        "weight_lr": weight_lr,
+    noted = {
+        "bits": s.bits, "group_size": s.group_size, "clip": s.clip and _mark(s.clip),
+        "val_size": s.val_size, "batch_size": s.batch_size, "epochs": s.epochs,
+        "quant_lr": s.quant_lr, "weight_lr": weight_lr,
     }  # fmt: skip
-    drawn = draw(job, decoder, dataset, nsamples + val_size, seqlen, held_out=val_size)
-    seqlen = drawn[0].shape[1]
+    drawn = draw(job, decoder, s.dataset, s.nsamples + s.val_size, s.seqlen, s.val_size)
 
     def split(windows: torch.Tensor) -> list[torch.Tensor]:
-        train, held_out = windows[:nsamples], windows[nsamples:]
-        return [*train.split(batch_size), *held_out.split(batch_size)]
+        train, held_out = windows[: s.nsamples], windows[s.nsamples :]
+        return [*train.split(s.batch_size), *held_out.split(s.batch_size)]
 
-    plan = Plan(grid, ranges, epochs, batch_size, quant_lr, weight_lr, val_size)
+    plan = Plan(grid, ranges, s.epochs, s.batch_size, s.quant_lr, weight_lr, s.val_size)
     method = Method(
-        "block-ap", settings, [partial(train_block, plan)], ("quantized", "dense"), split,
+        "block-ap", noted, [partial(train_block, plan)], ("quantized", "dense"), split,
         side_file=result.FILE, side_note={result.NOTE: result.note(grid)},
     )  # fmt: skip
 
@@ -134,7 +98,8 @@ def train_blocks(
         groups = columns // grid.columns_per_group(columns)
         return rows * groups * (decoder.stored_dtype.itemsize + 1)
 
-    return run(job, decoder, method, drawn, cost=partial(_cost, plan, seqlen), side=side)
+    cost = partial(_cost, plan, drawn[0].shape[1])
+    return run_job(job, decoder, method, drawn, cost=cost, side=side)
 
 
 def _cost(plan: Plan, seqlen: int, shapes, tokens, hidden, item) -> tuple[float, float, float]:

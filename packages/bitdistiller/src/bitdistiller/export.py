@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
 
 from harness import cli
+from harness.settings import Shared, flag, make_parser, word
 
 EXAMPLES = """\
 examples:
@@ -14,39 +16,37 @@ then:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m bitdistiller.export",
-        description="Store what python -m bitdistiller.train or .blockwise made as the integers it "
-        "stands for. Nothing is rounded again: the packed model computes with the same weights, "
-        "bit for bit.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("result", metavar="RESULT", help="the folder that training wrote")
-    p.add_argument(
-        "--format",
-        default="compressed-tensors",
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """Store what python -m bitdistiller.train or .blockwise made as the integers it stands for.
+    Nothing is rounded again: the packed model computes with the same weights, bit for bit.
+    """
+
+    model: str = word("RESULT", "the folder that training wrote")
+    format: str = flag(
+        "compressed-tensors", "compressed-tensors (default): transformers reads it, and vLLM at 4 "
+        "bits; gptq: for GPTQ kernels, scales in float16; dense: ordinary safetensors",
         choices=["compressed-tensors", "gptq", "dense"],
-        help="compressed-tensors (default): transformers reads it, and vLLM at 4 bits; gptq: for "
-        "GPTQ kernels, scales in float16; dense: ordinary safetensors",
-    )
-    cli.add_shared_flags(p)
-    return p
+    )  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    return make_parser(Settings, "bitdistiller.export", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(settings: Settings) -> None:
     from bitdistiller.export_run import export
     from harness.checkpoint import card
 
     export(
-        args.result, args.format, out=args.out, dtype=args.dtype, overwrite=args.overwrite,
-        resume=args.resume, dry_run=args.dry_run, command=card.command_line(),
+        settings.model, settings.format, out=settings.out, dtype=settings.dtype,
+        overwrite=settings.overwrite, resume=settings.resume, dry_run=settings.dry_run,
+        command=card.command_line(),
     )  # fmt: skip
 
 

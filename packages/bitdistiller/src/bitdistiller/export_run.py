@@ -7,7 +7,7 @@ import torch
 from bitdistiller import result
 from harness import locks, paths, precision
 from harness.blocks.decoder import Decoder
-from harness.blocks.job import Job, claim, run
+from harness.blocks.job import Job, claim, run_job
 from harness.blocks.sequential import Method, Update, per_stage
 from harness.checkpoint import readers, recipe
 from harness.checkpoint.runs import LOG
@@ -58,7 +58,7 @@ def export(
     if grids.grid is not None:
         settings |= {"bits": grids.grid.bits, "group_size": grids.grid.group_size}
     look_up = per_stage(_update(grids, layout))
-    rows = run(
+    rows = run_job(
         job, decoder, Method("export", settings, [look_up], (), layout=layout, grid=grids.grid)
     )
     if dry_run:

@@ -9,7 +9,7 @@ __all__ = ["quantize"]
 def __getattr__(name: str):
     # Loaded on first use: the command line answers --help without importing torch.
     if name == "quantize":
-        from gptq.method import quantize
+        from gptq.cli import quantize
 
         return quantize
     raise AttributeError(name)

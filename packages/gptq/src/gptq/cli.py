@@ -2,8 +2,12 @@
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from harness import cli
+from harness.errors import UserError
+from harness.settings import BOS, IGNORE, Shared, flag, make_parser, word
 
 EXAMPLES = """\
 examples:
@@ -17,124 +21,120 @@ then:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """what to make"""
+
+    wbits: int = flag(4, "bits per weight, 2-8 (default 4)")
+    groupsize: int = flag(
+        -1, "columns that share a scale; -1 is one scale per row (default), 128 is usual"
+    )
+    sym: bool = flag(False, "symmetric grid, no zero points")
+    format: str = flag(
+        "compressed-tensors", "how the result is stored (default compressed-tensors: packed, loads "
+        "in transformers and vLLM; gptq: for GPTQ kernels; dense: quantized values at full size)",
+        choices=["compressed-tensors", "gptq", "dense"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """how"""
+
+    percdamp: float = flag(
+        0.01, "damping, as a fraction of the Hessian's mean diagonal (default 0.01)",
+        check=(lambda value: 0 < value <= 1, "expected a fraction above 0, at most 1"),
+    )  # fmt: skip
+    nsamples: int = flag(128, "calibration windows (default 128)")
+    seqlen: int | None = flag(
+        None, "tokens per window (default: the model's context, at most 2048)"
+    )
+    act_order: bool = flag(False, "round the most important columns first; helps most at 2-3 bits")
+    true_sequential: bool = flag(
+        False, "quantize a block's layers one after another, each on the effect of the earlier "
+        "ones; here also the faster order",
+    )  # fmt: skip
+    static_groups: bool = flag(
+        False, "group grids from the original weights (implied by --act-order in packed formats)"
+    )
+    nearest: bool = flag(False, "plain round-to-nearest, the baseline; no data")
+    mse: bool = flag(False, "search each range by its error")
+    ignore: list[str] = flag([], **IGNORE)
+    bos: str = flag("auto", **BOS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """evaluation afterwards"""
+
+    eval: list[str] | None = flag(
+        None, "print perplexities of the result (bare: wikitext2 ptb c4, as the original does)",
+        nargs="*", metavar="DATASET",
+    )  # fmt: skip
+    new_eval: bool = flag(False, "with --eval: the original's newer ptb and c4 slices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Result, How, Evaluation, Shared):
+    """GPTQ: quantize the linear layers of any decoder-only language model to 2-8 bits, using a
+    little text to repay rounding errors. A Hugging Face checkpoint in, a Hugging Face checkpoint
+    out.
+    """
+
+    model: str = word("model", "folder, hub id, or embedded: tiny-llama, tiny-llama-student")
+    dataset: str | None = word(
+        "dataset", "calibration text: wikitext2, ptb, c4, pileval, alpaca, dolly, stdlib "
+        "(embedded), or a local .txt/.jsonl/.parquet/.csv file or folder; not needed with "
+        "--nearest", None,
+    )  # fmt: skip
+
+
+def quantize(
+    model: str | Path, dataset: str | None = None, *, command: str = "gptq.quantize(...)", **flags
+) -> list[dict]:
+    """The command from Python: its flags, with underscores, as keywords (out=, wbits=, ...).
+
+    Returns:
+        One row per linear with its name and relative output error.
+
+    Raises:
+        harness.errors.UserError: anything the user can mend, in one line.
+    """
+    from gptq.method import run
+
+    return run(Settings(model=str(model), dataset=dataset, **flags), command)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are the original's where it has them."""
-    p = argparse.ArgumentParser(
-        prog="python -m gptq",
-        description="GPTQ: quantize the linear layers of any decoder-only language model to 2-8 "
-        "bits, using a little text to repay rounding errors. A Hugging Face checkpoint in, a "
-        "Hugging Face checkpoint out.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("model", help="folder, hub id, or embedded: tiny-llama, tiny-llama-student")
-    p.add_argument(
-        "dataset",
-        nargs="?",
-        help="calibration text: wikitext2, ptb, c4, pileval, alpaca, dolly, stdlib (embedded), or "
-        "a local .txt/.jsonl/.parquet/.csv file or folder; not needed with --nearest",
-    )
-    what = p.add_argument_group("what to make")
-    what.add_argument("--wbits", type=int, default=4, help="bits per weight, 2-8 (default 4)")
-    what.add_argument(
-        "--groupsize",
-        type=int,
-        default=-1,
-        help="columns that share a scale; -1 is one scale per row (default), 128 is usual",
-    )
-    what.add_argument("--sym", action="store_true", help="symmetric grid, no zero points")
-    what.add_argument(
-        "--format",
-        default="compressed-tensors",
-        choices=["compressed-tensors", "gptq", "dense"],
-        help="how the result is stored (default compressed-tensors: packed, loads in transformers "
-        "and vLLM; gptq: for GPTQ kernels; dense: quantized values at full size)",
-    )
-    how = p.add_argument_group("how")
-    how.add_argument(
-        "--percdamp",
-        type=float,
-        default=0.01,
-        help="damping, as a fraction of the Hessian's mean diagonal (default 0.01)",
-    )
-    how.add_argument("--nsamples", type=int, default=128, help="calibration windows (default 128)")
-    how.add_argument(
-        "--seqlen", type=int, help="tokens per window (default: the model's context, at most 2048)"
-    )
-    how.add_argument(
-        "--act-order",
-        action="store_true",
-        help="round the most important columns first; helps most at 2-3 bits",
-    )
-    how.add_argument(
-        "--true-sequential",
-        action="store_true",
-        help="quantize a block's layers one after another, each on the effect of the earlier ones; "
-        "here also the faster order",
-    )
-    how.add_argument(
-        "--static-groups",
-        action="store_true",
-        help="group grids from the original weights (implied by --act-order in packed formats)",
-    )
-    how.add_argument(
-        "--nearest", action="store_true", help="plain round-to-nearest, the baseline; no data"
-    )
-    how.add_argument("--mse", action="store_true", help="search each range by its error")
-    cli.add_ignore(how)
-    cli.add_bos(how)
-    after = p.add_argument_group("evaluation afterwards")
-    after.add_argument(
-        "--eval",
-        nargs="*",
-        metavar="DATASET",
-        help="print perplexities of the result (bare: wikitext2 ptb c4, as the original does)",
-    )
-    after.add_argument(
-        "--new-eval",
-        action="store_true",
-        help="with --eval: the original's newer ptb and c4 slices",
-    )
-    cli.add_shared_flags(p)
-    return p
+    return make_parser(Settings, "gptq", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from harness.errors import UserError
-
-    if args.wbits == 16:
+def _run(settings: Settings) -> None:
+    if settings.wbits == 16:
         raise UserError(
             "--wbits 16 quantizes nothing; for the baseline: harness eval MODEL --ppl ..."
         )
-    out = args.out or f"{Path(args.model).name}-{'rtn' if args.nearest else 'gptq'}-w{args.wbits}"
+    kind = "rtn" if settings.nearest else "gptq"
+    out = settings.out or f"{Path(settings.model).name}-{kind}-w{settings.wbits}"
 
-    from gptq.method import quantize
+    from gptq.method import run
     from harness import distributed
     from harness.checkpoint import card
 
     with distributed.group():
-        rows = quantize(
-            args.model, args.dataset, out=out, wbits=args.wbits, groupsize=args.groupsize,
-            sym=args.sym, percdamp=args.percdamp, nsamples=args.nsamples, seqlen=args.seqlen,
-            act_order=args.act_order, true_sequential=args.true_sequential,
-            static_groups=args.static_groups, nearest=args.nearest, mse=args.mse,
-            format=args.format, device=args.device, dtype=args.dtype, seed=args.seed,
-            ignore=args.ignore, bos=args.bos, overwrite=args.overwrite, resume=args.resume,
-            dry_run=args.dry_run, command=card.command_line(),
-        )  # fmt: skip
+        rows = run(replace(settings, out=out), card.command_line())
         lead = distributed.rank() == 0
-    if lead and not args.dry_run:
+    if lead and not settings.dry_run:
         _print_table(rows)
         print(f"written to {out}")
-        if args.eval is not None:
-            _evaluate(out, args.eval or ["wikitext2", "ptb", "c4"], args)
+        if settings.eval is not None:
+            _evaluate(out, settings)
 
 
 def _print_table(rows: list[dict]) -> None:
@@ -152,16 +152,16 @@ def _print_table(rows: list[dict]) -> None:
         print(f"| {kind} | {mean:.3g} | {worst['error']:.3g} | {worst['block']} |")
 
 
-def _evaluate(out: str, datasets: list[str], args: argparse.Namespace) -> None:
+def _evaluate(out: str, settings: Settings) -> None:
     from harness.checkpoint import load
     from harness.data import corpora
     from harness.metrics import perplexity
 
-    model = load.load_model(out, device=args.device, dtype=args.dtype)
+    model = load.load_model(out, device=settings.device, dtype=settings.dtype)
     tokenizer = load.load_tokenizer(out)
-    seqlen = load.window_length(model.config, args.seqlen)
-    for name in datasets:
-        windows = corpora.evaluation(tokenizer, name, seqlen=seqlen, new_eval=args.new_eval)
+    seqlen = load.window_length(model.config, settings.seqlen)
+    for name in settings.eval or ["wikitext2", "ptb", "c4"]:
+        windows = corpora.evaluation(tokenizer, name, seqlen=seqlen, new_eval=settings.new_eval)
         value = perplexity.perplexity(model, windows).value
         print(f"{name}: token perplexity {value:.3f} (seqlen {seqlen}, non-overlapping)")
 

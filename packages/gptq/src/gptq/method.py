@@ -1,14 +1,12 @@
 """GPTQ on the harness's pass: one Hessian and one factorization per stage, its linears together."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from gptq.solver import act_order, solve
 from harness import distributed, locks
-from harness.blocks.job import Job, claim, draw, open_decoder, run
+from harness.blocks.job import Job, claim, draw, open_decoder, run_job
 from harness.blocks.sequential import Method, Update, per_stage
 from harness.checkpoint import formats
 from harness.errors import UserError
@@ -20,49 +18,11 @@ ROWS_FOR_NORM = 256
 
 
 @locks.releasing
-def quantize(
-    model: str,
-    dataset: str | None = None,
-    *,
-    out: str | Path,
-    wbits: int = 4,
-    groupsize: int = -1,
-    sym: bool = False,
-    percdamp: float = 0.01,
-    nsamples: int = 128,
-    seqlen: int | None = None,
-    act_order: bool = False,
-    true_sequential: bool = False,
-    static_groups: bool = False,
-    nearest: bool = False,
-    mse: bool = False,
-    format: str = "compressed-tensors",
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    ignore: Sequence[str] = (),
-    bos: str = "auto",
-    overwrite: bool = False,
-    resume: bool = True,
-    dry_run: bool = False,
-    command: str = "gptq.quantize(...)",
-) -> list[dict]:
-    """Quantize ``model`` and write the checkpoint folder ``out``.
+def run(settings, command: str) -> list[dict]:
+    """Quantize ``settings.model`` and write the checkpoint folder ``settings.out``.
 
     Args:
-        model: folder, hub id or embedded name.
-        dataset: calibration text (named dataset, local file, embedded corpus); may be None with
-            ``nearest``.
-        wbits: 2 to 8. groupsize: columns per scale, -1 for one per row. sym: symmetric grids.
-        percdamp: damping as a fraction of the mean of the Hessian's diagonal.
-        nsamples, seqlen: calibration windows and their length (default: the model's context, at
-            most 2,048).
-        act_order: columns by falling Hessian diagonal. static_groups: grids from the original
-            weight. true_sequential: stages of a block one after another.
-        nearest: round to nearest instead (no calibration). mse: search ranges by |error|^2.4.
-        format: "compressed-tensors", "gptq" or "dense".
-        ignore: linears that stay dense, see :func:`harness.modules.ignore`.
-        bos: at the head of the windows, see :func:`harness.blocks.calibration.draw`.
+        settings: :class:`gptq.cli.Settings`. command: for the card.
 
     Returns:
         One row per linear with its name and relative output error.
@@ -70,44 +30,42 @@ def quantize(
     Raises:
         harness.errors.UserError: anything the user can mend, in one line.
     """
-    grid = Grid(wbits, groupsize, sym, mse)
-    if format not in formats.FORMATS:
-        raise UserError(f"format {format}: expected one of {', '.join(formats.FORMATS)}.")
-    if not 0 < percdamp <= 1:
-        raise UserError(f"percdamp is {percdamp}; expected a fraction above 0, at most 1.")
-    grouped = groupsize != -1
-    if act_order and grouped and not static_groups and format != "dense" and not nearest:
+    s = settings
+    grid = Grid(s.wbits, s.groupsize, s.sym, s.mse)
+    grouped, static_groups = s.groupsize != -1, s.static_groups
+    if s.act_order and grouped and not (static_groups or s.nearest) and s.format != "dense":
         print(
-            f"--act-order with groups in the {format} format uses static groups; the dynamic kind "
-            "is stored with --format dense",
+            f"--act-order with groups in the {s.format} format uses static groups; the dynamic "
+            "kind is stored with --format dense",
             file=sys.stderr,
         )
         static_groups = True
-    job = Job(model, out, device, dtype, seed, ignore, bos, overwrite, resume, dry_run, command)
+    job = Job.of(settings, command)
     decoder = open_decoder(job)
     stored = decoder.stored_dtype
-    dtypes = {"dtype": stored, "scale_dtype": formats.scale_dtype(format, stored)}
-    settings = {
-        "wbits": wbits, "groupsize": groupsize, "sym": sym, "mse": mse, "nearest": nearest,
+    dtypes = {"dtype": stored, "scale_dtype": formats.scale_dtype(s.format, stored)}
+    noted = {
+        "wbits": s.wbits, "groupsize": s.groupsize, "sym": s.sym, "mse": s.mse,
+        "nearest": s.nearest,
     }  # fmt: skip
-    claim(job, decoder, grid, format)
-    if nearest:
+    claim(job, decoder, grid, s.format)
+    if s.nearest:
         round_all = per_stage(_nearest_update(grid, dtypes["scale_dtype"]))
-        method = Method("nearest", settings, [round_all], (), layout=format, grid=grid)
-        return run(job, decoder, method)
-    settings |= {
-        "percdamp": percdamp, "act_order": act_order, "static_groups": static_groups,
-        "true_sequential": true_sequential,
-    }  # fmt: skip
-    if dataset is None:
+        method = Method("nearest", noted, [round_all], (), layout=s.format, grid=grid)
+        return run_job(job, decoder, method)
+    if s.dataset is None:
         raise UserError("no calibration dataset given; name one, or use --nearest.")
-    drawn = draw(job, decoder, dataset, nsamples, seqlen)
-    update = _gptq_update(grid, dtypes, percdamp, act_order, static_groups)
+    noted |= {
+        "percdamp": s.percdamp, "act_order": s.act_order, "static_groups": static_groups,
+        "true_sequential": s.true_sequential,
+    }  # fmt: skip
+    drawn = draw(job, decoder, s.dataset, s.nsamples, s.seqlen)
+    update = _gptq_update(grid, dtypes, s.percdamp, s.act_order, static_groups)
     method = Method(
-        "gptq", settings, [per_stage(update, Hessian, true_sequential)], layout=format, grid=grid,
-        actorder=act_order and (static_groups or not grouped),
+        "gptq", noted, [per_stage(update, Hessian, s.true_sequential)], layout=s.format, grid=grid,
+        actorder=s.act_order and (static_groups or not grouped),
     )  # fmt: skip
-    return run(job, decoder, method, drawn)
+    return run_job(job, decoder, method, drawn)
 
 
 def _nearest_update(grid: Grid, scale_dtype: torch.dtype):

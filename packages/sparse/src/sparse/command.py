@@ -1,137 +1,130 @@
-"""What the three commands share: flags, the run, and the report at its end. No torch up here."""
+"""What the three commands share: settings, the run, and the report at its end. No torch up here."""
 
-import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from harness import cli
+from harness.errors import UserError
+from harness.settings import BOS, IGNORE, Shared, flag, word
 
 PACKED = ("compressed-tensors", "gptq")
-CHOICES = {"unstructured": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
+PATTERNS = {"unstructured": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
+TRUE_SEQUENTIAL = (
+    "prune a block's layers one after another, each on the effect of the earlier ones; here also "
+    "the faster order"
+)
 
 
-def add_flags(p: argparse.ArgumentParser, *, data: str, packed: bool = False) -> None:
-    """MODEL, DATASET and the flags of all three; ``data`` says what the text is for."""
-    p.add_argument("model", help="folder, hub id, or embedded: tiny-llama, tiny-llama-student")
-    p.add_argument(
-        "dataset",
-        nargs="?",
-        help=f"{data}: wikitext2, ptb, c4, pileval, alpaca, dolly, stdlib (embedded), or a local "
-        ".txt/.jsonl/.parquet/.csv file or folder",
-    )
-    what = p.add_argument_group("how much goes")
-    what.add_argument(
-        "--sparsity",
-        "--sparsity_ratio",
-        type=float,
-        help="share of the weights to drop, 0 to below 1 (.5 costs little, .6 some; above it try "
-        "--ratios owl)",
-    )
-    what.add_argument(
-        "--prunen",
-        type=int,
-        default=0,
-        help="with --prunem: how many of every PRUNEM consecutive weights of a row are DROPPED, as "
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """how much goes"""
+
+    sparsity: float | None = flag(
+        None, "share of the weights to drop, 0 to below 1 (.5 costs little, .6 some; above it try "
+        "--ratios owl)", names=["--sparsity", "--sparsity_ratio"],
+    )  # fmt: skip
+    prunen: int = flag(
+        0, "with --prunem: how many of every PRUNEM consecutive weights of a row are DROPPED, as "
         "in SparseGPT (1 of 4 is 25 %% zeros; the usual N:M name counts the ones that stay)",
+    )  # fmt: skip
+    prunem: int = flag(0, "length of that pattern, 4 or 8")
+    sparsity_type: str | None = flag(
+        None, "Wanda's spelling: 2:4 is --prunen 2 --prunem 4", choices=list(PATTERNS)
     )
-    what.add_argument("--prunem", type=int, default=0, help="length of that pattern, 4 or 8")
-    what.add_argument(
-        "--sparsity_type",
-        choices=list(CHOICES),
-        help="Wanda's spelling: 2:4 is --prunen 2 --prunem 4",
+    ratios: str = flag(
+        "uniform", "the same sparsity for every block (default), or OWL: blocks with more outliers "
+        "keep more, the mean stays; costs one more pass over the text", choices=["uniform", "owl"],
+    )  # fmt: skip
+    owl_lambda: float = flag(
+        0.08, "OWL: the most and the least pruned block differ by twice this (default .08)"
     )
-    what.add_argument(
-        "--ratios",
-        default="uniform",
-        choices=["uniform", "owl"],
-        help="the same sparsity for every block (default), or OWL: blocks with more outliers keep "
-        "more, the mean stays; costs one more pass over the text",
+    owl_m: float = flag(
+        5.0, "OWL: a weight is an outlier above this many times its block's mean (default 5)"
     )
-    what.add_argument(
-        "--owl_lambda",
-        type=float,
-        default=0.08,
-        help="OWL: the most and the least pruned block differ by twice this (default .08)",
-    )
-    what.add_argument(
-        "--owl_m",
-        type=float,
-        default=5.0,
-        help="OWL: a weight is an outlier above this many times its block's mean (default 5)",
-    )
-    where = p.add_argument_group("which linears")
-    where.add_argument("--minlayer", type=int, default=-1, help="first block (default: all)")
-    where.add_argument("--maxlayer", type=int, default=1000, help="first block that is not pruned")
-    where.add_argument(
-        "--prune_only",
-        default="",
-        metavar="PART",
-        help="only linears whose name holds PART, e.g. mlp or down_proj",
-    )
-    where.add_argument(
-        "--invert", action="store_true", help="prune what these three flags leave, leave the rest"
-    )
-    how = p.add_argument_group("how")
-    how.add_argument("--nsamples", type=int, default=128, help="calibration windows (default 128)")
-    how.add_argument(
-        "--seqlen", type=int, help="tokens per window (default: the model's context, at most 2048)"
-    )
-    how.add_argument(
-        "--format",
-        default="dense",
-        choices=["dense", "bitmask", *(PACKED if packed else [])],
-        help="how the result is stored: dense (default, loads everywhere, saves nothing), bitmask "
-        "(zeros are not stored; only the harness reads it)"
-        + (", or packed integers with --wbits" if packed else ""),
-    )
-    cli.add_ignore(how)
-    cli.add_bos(how)
-    cli.add_shared_flags(p)
 
 
-def run(args: argparse.Namespace, method: str, **options) -> int:
-    """Prune, report, and return the exit code; ``options`` are the method's own."""
-    return cli.run(lambda: _run(args, method, options))
+@dataclass(frozen=True, kw_only=True)
+class Which:
+    """which linears"""
+
+    minlayer: int = flag(-1, "first block (default: all)")
+    maxlayer: int = flag(1000, "first block that is not pruned")
+    prune_only: str = flag(
+        "", "only linears whose name holds PART, e.g. mlp or down_proj", metavar="PART"
+    )
+    invert: bool = flag(False, "prune what these three flags leave, leave the rest")
 
 
-def _run(args: argparse.Namespace, method: str, options: dict) -> None:
-    n, m = _pattern(args)
-    out = args.out or f"{Path(args.model).name}-{method}-{_amount(args.sparsity, n, m)}"
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """how"""
+
+    nsamples: int = flag(128, "calibration windows (default 128)")
+    seqlen: int | None = flag(
+        None, "tokens per window (default: the model's context, at most 2048)"
+    )
+    format: str = flag(
+        "dense", "how the result is stored: dense (default, loads everywhere, saves nothing) or "
+        "bitmask (zeros are not stored; only the harness reads it)", choices=["dense", "bitmask"],
+    )  # fmt: skip
+    ignore: list[str] = flag([], **IGNORE)
+    bos: str = flag("auto", **BOS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Amount, Which, How, Shared):
+    """What the three commands are told; each adds its own, and the name of its method."""
+
+    SEPARATORS: ClassVar[tuple[str, ...]] = ("_",)
+
+    model: str = word("model", "folder, hub id, or embedded: tiny-llama, tiny-llama-student")
+    dataset: str | None = word(
+        "dataset", "text: wikitext2, ptb, c4, pileval, alpaca, dolly, stdlib (embedded), or a "
+        "local .txt/.jsonl/.parquet/.csv file or folder; magnitude pruning needs it for --ratios "
+        "owl only", None,
+    )  # fmt: skip
+
+    @property
+    def pattern(self) -> tuple[int, int]:
+        """(n, m) from its two spellings.
+
+        Raises:
+            UserError: they do not agree.
+        """
+        given = (self.prunen, self.prunem)
+        if self.sparsity_type is None:
+            return given
+        wanted = PATTERNS[self.sparsity_type]
+        if given not in ((0, 0), wanted):
+            raise UserError(
+                f"--sparsity_type {self.sparsity_type} contradicts --prunen {self.prunen} --prunem "
+                f"{self.prunem}; give one of them."
+            )
+        return wanted
+
+
+def run(make: Callable[[], Pruning]) -> int:
+    """Make the settings, prune, report, and return the exit code."""
+    return cli.run(lambda: _run(make()))
+
+
+def _run(settings: Pruning) -> None:
+    method, amount = settings.method, _amount(settings.sparsity, *settings.pattern)
+    out = settings.out or f"{Path(settings.model).name}-{method}-{amount}"
 
     from harness import distributed
     from harness.checkpoint import card
-    from sparse.layerwise import prune
+    from sparse.layerwise import run
 
     with distributed.group():
-        rows = prune(
-            args.model, args.dataset, out=out, method=method, sparsity=args.sparsity,
-            prunen=n, prunem=m, ratios=args.ratios, owl_lambda=args.owl_lambda, owl_m=args.owl_m,
-            minlayer=args.minlayer, maxlayer=args.maxlayer, prune_only=args.prune_only,
-            invert=args.invert, nsamples=args.nsamples, seqlen=args.seqlen, format=args.format,
-            device=args.device, dtype=args.dtype, seed=args.seed, ignore=args.ignore, bos=args.bos,
-            overwrite=args.overwrite,
-            resume=args.resume, dry_run=args.dry_run, command=card.command_line(), **options,
-        )  # fmt: skip
+        rows = run(replace(settings, out=out), card.command_line())
         lead = distributed.rank() == 0
-    if lead and not args.dry_run:
+    if lead and not settings.dry_run:
         print_table(rows)
-        print(honest_line(rows, Path(out), args.format))
+        print(honest_line(rows, Path(out), settings.format))
         print(f"written to {out}")
-
-
-def _pattern(args: argparse.Namespace) -> tuple[int, int]:
-    """(n, m) from the two spellings of a pattern, which must agree."""
-    from harness.errors import UserError
-
-    given = (args.prunen, args.prunem)
-    if args.sparsity_type is None:
-        return given
-    wanted = CHOICES[args.sparsity_type]
-    if given not in ((0, 0), wanted):
-        raise UserError(
-            f"--sparsity_type {args.sparsity_type} contradicts --prunen {args.prunen} --prunem "
-            f"{args.prunem}; give one of them."
-        )
-    return wanted
 
 
 def _amount(sparsity: float | None, n: int, m: int) -> str:

@@ -1,11 +1,12 @@
 """SparseGPT, Wanda and magnitude pruning on the harness's pass: checks, data, the method."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
+
+import torch
 
 from harness import locks
-from harness.blocks.job import Job, claim, draw, open_decoder, run
-from harness.blocks.sequential import Method, per_stage
+from harness.blocks.job import Job, claim, draw, open_decoder, run_job
+from harness.blocks.sequential import Act, Method, per_stage
 from harness.checkpoint import formats
 from harness.errors import UserError, nearest
 from harness.modules import get_matrix, linears
@@ -15,69 +16,22 @@ from sparse import methods
 from sparse.ratios import owl
 
 METHODS = ("sparsegpt", "wanda", "magnitude")
-FORMATS = ("dense", "bitmask", *formats.PACKED)
-EVERY_BLOCK = 1000
+
+
+def check_method(name: str) -> None:
+    """Raise :class:`UserError` unless ``name`` is one of METHODS."""
+    if name not in METHODS:
+        raise UserError(f"method {name!r}: expected {', '.join(METHODS)}.{nearest(name, METHODS)}")
 
 
 @locks.releasing
-def prune(
-    model: str,
-    dataset: str | None = None,
-    *,
-    out: str | Path,
-    method: str = "sparsegpt",
-    sparsity: float | None = None,
-    prunen: int = 0,
-    prunem: int = 0,
-    ratios: str = "uniform",
-    owl_lambda: float = 0.08,
-    owl_m: float = 5.0,
-    minlayer: int = -1,
-    maxlayer: int = EVERY_BLOCK,
-    prune_only: str = "",
-    invert: bool = False,
-    percdamp: float = 0.01,
-    blocksize: int = 128,
-    wbits: int = 16,
-    groupsize: int = -1,
-    sym: bool = False,
-    true_sequential: bool = False,
-    use_variant: bool = False,
-    per_row: bool = False,
-    nsamples: int = 128,
-    seqlen: int | None = None,
-    format: str = "dense",
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    ignore: Sequence[str] = (),
-    bos: str = "auto",
-    overwrite: bool = False,
-    resume: bool = True,
-    dry_run: bool = False,
-    command: str = "sparse.prune(...)",
-) -> list[dict]:
-    """Prune the linears of ``model``'s blocks and write the checkpoint folder ``out``.
+def run(settings, command: str) -> list[dict]:
+    """Prune the linears of ``settings.model``'s blocks and write the checkpoint folder
+    ``settings.out``.
 
     Args:
-        model: folder, hub id or embedded name.
-        dataset: calibration text (named dataset, local file, embedded corpus); magnitude needs it
-            for ``ratios="owl"`` only.
-        method: "sparsegpt", "wanda" or "magnitude".
-        sparsity: share of every linear that goes, in [0, 1).
-        prunen, prunem: drop ``prunen`` of every ``prunem`` columns, row by row.
-        ratios: "uniform", or "owl" for one sparsity per block (``owl_lambda``, ``owl_m``).
-        minlayer, maxlayer, prune_only, invert: prune blocks minlayer <= i < maxlayer, and of them
-            linears whose name holds ``prune_only``; ``invert`` prunes all the others.
-        percdamp, blocksize, wbits, groupsize, sym: SparseGPT's; below 16 bits what stays is
-            quantized.
-        true_sequential: the stages of a block one after another.
-        use_variant: Wanda's. per_row: magnitude's.
-        nsamples, seqlen: calibration windows and their length (default: the model's context, at
-            most 2,048).
-        ignore: linears that stay as they are, see :func:`harness.modules.ignore`.
-        bos: at the head of the windows, see :func:`harness.blocks.calibration.draw`.
-        format: "dense" or "bitmask"; below 16 bits also "compressed-tensors" or "gptq".
+        settings: of :mod:`sparse.sparsegpt`, `sparse.wanda` or `sparse.magnitude`.
+        command: for the card.
 
     Returns:
         One row per pruned linear: block, name, weights, zeros, error (relative output error; None
@@ -86,82 +40,74 @@ def prune(
     Raises:
         harness.errors.UserError: anything the user can mend, in one line.
     """
-    if method not in METHODS:
-        raise UserError(
-            f"method {method!r}: expected {', '.join(METHODS)}.{nearest(method, METHODS)}"
-        )
-    goal = _goal(sparsity, prunen, prunem)
-    _check_ratios(ratios, goal, owl_lambda, owl_m)
-    grid = _grid(method, wbits, groupsize, sym, format)
-    if not 0 < percdamp <= 1:
-        raise UserError(f"percdamp is {percdamp}; expected a fraction above 0, at most 1.")
-    if blocksize < 1:
-        raise UserError(f"blocksize is {blocksize}; expected a positive number of columns.")
-    if use_variant and goal.m:
+    s = settings
+    goal = _goal(s.sparsity, *s.pattern)
+    _check_ratios(s.ratios, goal, s.owl_lambda, s.owl_m)
+    grid = _grid(s)
+    if s.method == "wanda" and s.use_variant and goal.m:
         raise UserError("--use_variant is for unstructured sparsity; drop it or the n:m pattern.")
 
-    job = Job(model, out, device, dtype, seed, ignore, bos, overwrite, resume, dry_run, command)
+    job = Job.of(settings, command)
     decoder = open_decoder(job)
-    stored = decoder.stored_dtype
-    chosen = _chosen(decoder, minlayer, maxlayer, prune_only, invert)
+    chosen = _chosen(decoder, s.minlayer, s.maxlayer, s.prune_only, s.invert)
     _check_divides(chosen, goal)
     all_of_them = len(chosen) == sum(len(linears(block)) for block in decoder.blocks)
-    if format == "gptq" and not all_of_them:
+    if s.format == "gptq" and not all_of_them:
         raise UserError("the gptq format holds all linears or none; use compressed-tensors.")
-    claim(job, decoder, grid, format)
-
-    settings = {
-        "sparsity": goal.sparsity, "prunen": goal.n, "prunem": goal.m, "ratios": ratios,
-    }  # fmt: skip
-    settings |= {"owl_lambda": owl_lambda, "owl_m": owl_m} if ratios == "owl" else {}
-    settings |= {
-        "sparsegpt": {
-            "true_sequential": true_sequential, "percdamp": percdamp, "blocksize": blocksize,
-            "wbits": wbits,
-        },
-        "wanda": {"true_sequential": true_sequential, "use_variant": use_variant},
-        "magnitude": {"per_row": per_row},
-    }[method]  # fmt: skip
-    settings |= {"groupsize": groupsize, "sym": sym} if grid else {}
-    if not all_of_them:
-        settings |= {
-            "minlayer": minlayer, "maxlayer": maxlayer, "prune_only": prune_only, "invert": invert,
-        }  # fmt: skip
-
+    claim(job, decoder, grid, s.format)
     drawn = (None, None)
-    if method != "magnitude" or ratios == "owl":
-        if dataset is None:
+    if s.method != "magnitude" or s.ratios == "owl":
+        if s.dataset is None:
             raise UserError(
                 "no calibration dataset given; name one, or use python -m sparse.magnitude, which "
                 "needs none without --ratios owl."
             )
-        drawn = draw(job, decoder, dataset, nsamples, seqlen)
+        drawn = draw(job, decoder, s.dataset, s.nsamples, s.seqlen)
     per_block = {}
-    if ratios == "owl" and not dry_run:
+    if s.ratios == "owl" and not s.dry_run:
         names = {index: [n for i, n in chosen if i == index] for index, _ in chosen}
-        per_block = owl(decoder, drawn[0], names, goal.sparsity, owl_m, owl_lambda)
+        per_block = owl(decoder, drawn[0], names, goal.sparsity, s.owl_m, s.owl_lambda)
 
     def target(index: int, name: str) -> methods.Target | None:
         if (index, name) not in chosen:
             return None
         return methods.Target(per_block.get(index, goal.sparsity), goal.n, goal.m)
 
-    if method == "sparsegpt":
-        update = methods.sparsegpt(
-            target, stored, percdamp=percdamp, blocksize=blocksize, grid=grid,
-            scale_dtype=formats.scale_dtype(format, stored),
-        )  # fmt: skip
-        act = per_stage(update, Hessian, true_sequential)
-    elif method == "wanda":
-        update = methods.wanda(target, stored, variant=use_variant)
-        act = per_stage(update, methods.Norms, true_sequential)
-    else:
-        act = per_stage(methods.magnitude(target, stored, per_row=per_row))
-    prunes = Method(
-        method, settings, [act], () if method == "magnitude" else ("quantized",), layout=format,
-        grid=grid if format in formats.PACKED else None,
+    method = Method(
+        s.method, _noted(s, goal, grid, all_of_them), [_act(s, target, decoder.stored_dtype, grid)],
+        () if s.method == "magnitude" else ("quantized",), layout=s.format,
+        grid=grid if s.format in formats.PACKED else None,
     )  # fmt: skip
-    return run(job, decoder, prunes, drawn)
+    return run_job(job, decoder, method, drawn)
+
+
+def _act(s, target: Callable, stored: torch.dtype, grid: Grid | None) -> Act:
+    if s.method == "magnitude":
+        return per_stage(methods.magnitude(target, stored, per_row=getattr(s, "per_row", False)))
+    if s.method == "wanda":
+        update = methods.wanda(target, stored, variant=s.use_variant)
+        return per_stage(update, methods.Norms, s.true_sequential)
+    update = methods.sparsegpt(
+        target, stored, percdamp=s.percdamp, blocksize=s.blocksize, grid=grid,
+        scale_dtype=formats.scale_dtype(s.format, stored),
+    )  # fmt: skip
+    return per_stage(update, Hessian, s.true_sequential)
+
+
+def _noted(s, goal: methods.Target, grid: Grid | None, all_of_them: bool) -> dict:
+    """The settings of recipe.yaml: those that have a meaning in this run."""
+    names = {
+        "sparsegpt": ("true_sequential", "percdamp", "blocksize", "wbits"),
+        "wanda": ("true_sequential", "use_variant"),
+        "magnitude": ("per_row",),
+    }[s.method]
+    names += ("owl_lambda", "owl_m") if s.ratios == "owl" else ()
+    names += ("groupsize", "sym") if grid else ()
+    names += () if all_of_them else ("minlayer", "maxlayer", "prune_only", "invert")
+    noted = {
+        "sparsity": goal.sparsity, "prunen": goal.n, "prunem": goal.m, "ratios": s.ratios,
+    }  # fmt: skip
+    return noted | {name: getattr(s, name, False) for name in names}
 
 
 def _goal(sparsity: float | None, n: int, m: int) -> methods.Target:
@@ -184,9 +130,6 @@ def _goal(sparsity: float | None, n: int, m: int) -> methods.Target:
 
 
 def _check_ratios(kind: str, goal: methods.Target, spread: float, m: float) -> None:
-    kinds = ("uniform", "owl")
-    if kind not in kinds:
-        raise UserError(f"ratios {kind!r}: expected {' or '.join(kinds)}.{nearest(kind, kinds)}")
     if kind == "owl" and goal.m:
         raise UserError("--ratios owl is for unstructured sparsity; n:m drops the same everywhere.")
     if kind == "owl" and (not 0 <= spread < 0.5 or m <= 0):
@@ -195,23 +138,21 @@ def _check_ratios(kind: str, goal: methods.Target, spread: float, m: float) -> N
         )
 
 
-def _grid(method: str, wbits: int, groupsize: int, sym: bool, format: str) -> Grid | None:
-    if format not in FORMATS:
+def _grid(s) -> Grid | None:
+    """What SparseGPT quantizes to; wanda has no such flags."""
+    wbits = getattr(s, "wbits", 16)
+    if wbits != 16 and s.method != "sparsegpt":
         raise UserError(
-            f"format {format}: expected one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}"
-        )
-    if wbits != 16 and method != "sparsegpt":
-        raise UserError(
-            f"wbits is {wbits}; only SparseGPT quantizes, use 16 with {method} pruning."
+            f"wbits is {wbits}; only SparseGPT quantizes, use 16 with {s.method} pruning."
         )
     if wbits == 16:
-        if format in formats.PACKED:
+        if s.format in formats.PACKED:
             raise UserError(
-                f"--format {format} holds integers; quantize too (SparseGPT's --wbits 4), or use "
+                f"--format {s.format} holds integers; quantize too (SparseGPT's --wbits 4), or use "
                 "--format dense or bitmask."
             )
         return None
-    return Grid(wbits, groupsize, sym)
+    return Grid(wbits, s.groupsize, s.sym)
 
 
 def _chosen(decoder, minlayer, maxlayer, part, invert) -> dict[tuple[int, str], int]:

@@ -2,8 +2,13 @@
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 from harness import cli
+from harness.errors import UserError
+from harness.settings import AT_LEAST_1, Shared, flag, make_parser, word
 
 EXAMPLES = """\
 examples:
@@ -22,170 +27,173 @@ then:
 LEVELS = {"block_wise": "block", "channel_wise": "channel", "layer_wise": "layer"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class What:
+    """what goes"""
+
+    pruning_ratio: float = flag(
+        0.5, "share of the heads and channels of every pruned block (or of the hidden channels) "
+        "that goes, 0 to below 1 (default .5; .25 is what the paper recovers well)",
+        check=(lambda value: 0 <= value < 1, "expected a share from 0 to below 1"),
+    )  # fmt: skip
+    block_wise: bool = flag(
+        False, "attention heads and MLP channels, block by block (default). A key/value head goes "
+        "with all its query heads",
+    )  # fmt: skip
+    channel_wise: bool = flag(
+        False, "hidden channels, the same ones everywhere; for families with RMS norms whose head "
+        "size stands on its own (LLaMA, Mistral, Qwen)",
+    )  # fmt: skip
+    layer_wise: bool = flag(False, "keep the first --layer blocks")
+    layer: int = flag(12, "with --layer_wise (default 12)", check=AT_LEAST_1)
+    multiple: int = flag(
+        8, "channels are kept in multiples of this, so that kernels stay fast (default 8)",
+        check=AT_LEAST_1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """which blocks, with --block_wise"""
+
+    block_attention_layer_start: int | None = flag(
+        None, "first block that loses heads (default: 3 of 32 blocks are left out)"
+    )
+    block_attention_layer_end: int | None = flag(
+        None, "first block after it that does not (default: the last of 32 is left out)"
+    )
+    block_mlp_layer_start: int | None = flag(
+        None, "first block that loses MLP channels (default: 3 of 32 blocks are left out)"
+    )
+    block_mlp_layer_end: int | None = flag(
+        None, "first block after it that does not (default: the last of 32 is left out)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """how it is chosen"""
+
+    pruner_type: str = flag(
+        "taylor", "how a group's importance is estimated: from gradients on DATASET (taylor, "
+        "default), from its weights, or not at all (the original's own default is l2)",
+        choices=["random", "l1", "l2", "taylor"],
+    )  # fmt: skip
+    taylor: str = flag(
+        "param_first", "of every weight |w g| (param_first, default), |w² E[g²]| (param_second) or "
+        "both (param_mix), or |Σ w g| of every row and column (vectorize)",
+        choices=["vectorize", "param_first", "param_second", "param_mix"],
+    )  # fmt: skip
+    grouping_strategy: str = flag(
+        "sum", "how the matrices of a group are put together (default sum)",
+        choices=["sum", "mean", "max", "prod", "first"],
+    )  # fmt: skip
+    global_pruning: bool = flag(
+        False, "one threshold for the groups of all blocks, a head and a channel being one each, "
+        "instead of the same share everywhere",
+    )  # fmt: skip
+    iterative_steps: int = flag(
+        1, "prune in that many steps, importance estimated anew before each (default 1)",
+        check=AT_LEAST_1,
+    )  # fmt: skip
+    num_examples: int = flag(10, "windows for the gradients (default 10)", check=AT_LEAST_1)
+    max_seq_len: int = flag(
+        128,
+        "tokens per window (default 128)",
+        check=(lambda value: value >= 2, "at least 2 tokens"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """evaluation"""
+
+    test_before_train: bool = flag(
+        False, "print the perplexity before pruning, on DATASET (stdlib where none is given)"
+    )
+    test_after_train: bool = flag(False, "the same after pruning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(What, Range, How, Evaluation, Shared):
+    """LLM-Pruner: take whole attention heads, MLP channels, hidden channels or blocks out of any
+    decoder-only language model. What is left is a smaller dense model: fewer bytes, fewer
+    multiplications, faster everywhere. Quality drops; sparse.recover brings much of it back.
+    """
+
+    SEPARATORS: ClassVar[tuple[str, ...]] = ("_",)
+
+    model: str = word("model", "folder, hub id, or embedded: tiny-llama, tiny-llama-student")
+    dataset: str | None = word(
+        "dataset", "text for the gradients of --pruner_type taylor: wikitext2, ptb, c4, pileval, "
+        "alpaca, dolly, stdlib (embedded), or a local .txt/.jsonl/.parquet/.csv file or folder "
+        "(the original takes bookcorpus)", None,
+    )  # fmt: skip
+
+    @property
+    def level(self) -> str:
+        """What is taken out: "block" (heads and MLP channels), "channel" or "layer".
+
+        Raises:
+            UserError: more than one is asked for.
+        """
+        levels = ("block", "channel", "layer")
+        asked = [name for name in levels if getattr(self, f"{name}_wise")]
+        if len(asked) > 1:
+            flags = " and ".join(f"--{name}_wise" for name in asked)
+            raise UserError(f"{flags} exclude each other; run one after the other on its result.")
+        return asked[0] if asked else "block"
+
+
+def prune(
+    model, dataset: str | None = None, *, command: str = "sparse.llm_pruner.prune(...)", **flags
+) -> dict:
+    """The command from Python: its flags as keywords (out=, pruning_ratio=, ...).
+
+    Returns:
+        "rows": per block heads, kv_heads and channels before and after; "hidden", "layers",
+        "parameters", "macs" (per token, at the windows' length), each (before, after); "ordinary":
+        whether plain transformers loads the result.
+
+    Raises:
+        harness.errors.UserError: anything the user can mend, in one line.
+    """
+    from sparse.structured.prune import run
+
+    return run(Settings(model=str(model), dataset=dataset, **flags), command)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; names are the original's where it has them."""
-    p = argparse.ArgumentParser(
-        prog="python -m sparse.llm_pruner",
-        description="LLM-Pruner: take whole attention heads, MLP channels, hidden channels or "
-        "blocks out of any decoder-only language model. What is left is a smaller dense model: "
-        "fewer bytes, fewer multiplications, faster everywhere. Quality drops; sparse.recover "
-        "brings much of it back.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("model", help="folder, hub id, or embedded: tiny-llama, tiny-llama-student")
-    p.add_argument(
-        "dataset",
-        nargs="?",
-        help="text for the gradients of --pruner_type taylor: wikitext2, ptb, c4, pileval, alpaca, "
-        "dolly, stdlib (embedded), or a local .txt/.jsonl/.parquet/.csv file or folder (the "
-        "original takes bookcorpus)",
-    )
-    _what(p.add_argument_group("what goes"))
-    _range(p.add_argument_group("which blocks, with --block_wise"))
-    _how(p.add_argument_group("how it is chosen"))
-    after = p.add_argument_group("evaluation")
-    for when in ("before", "after"):
-        after.add_argument(
-            f"--test_{when}_train",
-            action="store_true",
-            help=f"print the perplexity {when} pruning, on DATASET (stdlib where none is given)",
-        )
-    cli.add_shared_flags(p)
-    return p
-
-
-def _what(group) -> None:
-    group.add_argument(
-        "--pruning_ratio",
-        type=float,
-        default=0.5,
-        help="share of the heads and channels of every pruned block (or of the hidden channels) "
-        "that goes, 0 to below 1 (default .5; .25 is what the paper recovers well)",
-    )
-    group.add_argument(
-        "--block_wise",
-        action="store_true",
-        help="attention heads and MLP channels, block by block (default). A key/value head goes "
-        "with all its query heads",
-    )
-    group.add_argument(
-        "--channel_wise",
-        action="store_true",
-        help="hidden channels, the same ones everywhere; for families with RMS norms whose head "
-        "size stands on its own (LLaMA, Mistral, Qwen)",
-    )
-    group.add_argument("--layer_wise", action="store_true", help="keep the first --layer blocks")
-    group.add_argument("--layer", type=int, default=12, help="with --layer_wise (default 12)")
-    group.add_argument(
-        "--multiple",
-        type=int,
-        default=8,
-        help="channels are kept in multiples of this, so that kernels stay fast (default 8)",
-    )
-
-
-def _range(group) -> None:
-    for kind, what in (("attention", "heads"), ("mlp", "MLP channels")):
-        group.add_argument(
-            f"--block_{kind}_layer_start",
-            type=int,
-            help=f"first block that loses {what} (default: 3 of 32 blocks are left out)",
-        )
-        group.add_argument(
-            f"--block_{kind}_layer_end",
-            type=int,
-            help="first block after it that does not (default: the last of 32 is left out)",
-        )
-
-
-def _how(group) -> None:
-    group.add_argument(
-        "--pruner_type",
-        default="taylor",
-        choices=["random", "l1", "l2", "taylor"],
-        help="how a group's importance is estimated: from gradients on DATASET (taylor, default), "
-        "from its weights, or not at all (the original's own default is l2)",
-    )
-    group.add_argument(
-        "--taylor",
-        default="param_first",
-        choices=["vectorize", "param_first", "param_second", "param_mix"],
-        help="of every weight |w g| (param_first, default), |w² E[g²]| (param_second) or both "
-        "(param_mix), or |Σ w g| of every row and column (vectorize)",
-    )
-    group.add_argument(
-        "--grouping_strategy",
-        default="sum",
-        choices=["sum", "mean", "max", "prod", "first"],
-        help="how the matrices of a group are put together (default sum)",
-    )
-    group.add_argument(
-        "--global_pruning",
-        action="store_true",
-        help="one threshold for the groups of all blocks, a head and a channel being one each, "
-        "instead of the same share everywhere",
-    )
-    group.add_argument(
-        "--iterative_steps",
-        type=int,
-        default=1,
-        help="prune in that many steps, importance estimated anew before each (default 1)",
-    )
-    group.add_argument(
-        "--num_examples", type=int, default=10, help="windows for the gradients (default 10)"
-    )
-    group.add_argument(
-        "--max_seq_len", type=int, default=128, help="tokens per window (default 128)"
-    )
+    return make_parser(Settings, "sparse.llm_pruner", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(Settings(**vars(args))))
 
 
-def _run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from harness.errors import UserError
-
-    asked = [flag for flag in LEVELS if getattr(args, flag)]
-    if len(asked) > 1:
-        flags = " and ".join(f"--{flag}" for flag in asked)
-        raise UserError(f"{flags} exclude each other; run one after the other on its result.")
-    level = LEVELS[asked[0]] if asked else "block"
-    amount = args.layer if level == "layer" else f"{100 * args.pruning_ratio:g}"
-    out = args.out or f"{Path(args.model).name}-llm_pruner-{level}-{amount}"
+def _run(settings: Settings) -> None:
+    level = settings.level
+    amount = settings.layer if level == "layer" else f"{100 * settings.pruning_ratio:g}"
+    out = settings.out or f"{Path(settings.model).name}-llm_pruner-{level}-{amount}"
 
     from harness import distributed
     from harness.checkpoint import card
-    from sparse.structured.prune import prune
+    from sparse.structured.prune import run
 
     with distributed.group():
-        if args.test_before_train:
-            _perplexity(args, args.model, "before")
-        result = prune(
-            args.model, args.dataset, out=out, pruning_ratio=args.pruning_ratio, level=level,
-            pruner_type=args.pruner_type, taylor=args.taylor,
-            grouping_strategy=args.grouping_strategy, global_pruning=args.global_pruning,
-            iterative_steps=args.iterative_steps, layer=args.layer,
-            block_attention_layers=(
-                args.block_attention_layer_start, args.block_attention_layer_end,
-            ),
-            block_mlp_layers=(args.block_mlp_layer_start, args.block_mlp_layer_end),
-            multiple=args.multiple, num_examples=args.num_examples, max_seq_len=args.max_seq_len,
-            device=args.device, dtype=args.dtype, seed=args.seed, overwrite=args.overwrite,
-            resume=args.resume, dry_run=args.dry_run, command=card.command_line(),
-        )  # fmt: skip
+        if settings.test_before_train:
+            _perplexity(settings, settings.model, "before")
+        result = run(replace(settings, out=out), card.command_line())
         lead = distributed.rank() == 0
     if not lead:
         return
-    _print_table(result, args.max_seq_len)
-    if args.dry_run:
+    _print_table(result, settings.max_seq_len)
+    if settings.dry_run:
         return
-    if args.test_after_train:
-        _perplexity(args, out, "after")
+    if settings.test_after_train:
+        _perplexity(settings, out, "after")
     print(_where(result, out))
 
 
@@ -227,18 +235,18 @@ def _where(result: dict, out: str) -> str:
     )
 
 
-def _perplexity(args: argparse.Namespace, model: str, when: str) -> None:
+def _perplexity(settings: Settings, model: str, when: str) -> None:
     from harness.blocks.streams import stream_logits
     from harness.checkpoint import load
     from harness.data import corpora
     from harness.losses import nll
 
-    dataset = args.dataset or "stdlib"
+    dataset = settings.dataset or "stdlib"
     folder = load.resolve(model)
     seqlen = load.window_length(load.load_config(folder))
     windows = corpora.evaluation(load.load_tokenizer(folder), dataset, seqlen=seqlen)
-    device = load.pick_device(args.device)
-    logits = stream_logits(model, windows, device=device, dtype=args.dtype)
+    device = load.pick_device(settings.device)
+    logits = stream_logits(model, windows, device=device, dtype=settings.dtype)
     value = nll.perplexity_of_logits(logits, windows).value
     print(f"{dataset}: token perplexity {when} pruning {value:.3f} (seqlen {seqlen})")
 

@@ -2,7 +2,10 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
+from harness.settings import flag, make_parser
 from sparse import command
 
 EXAMPLES = """\
@@ -15,28 +18,32 @@ then:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Magnitude:
+    """magnitude"""
+
+    per_row: bool = flag(
+        False, "every row loses the same share (default: the smallest of the whole matrix go)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Magnitude, command.Pruning):
+    """Magnitude pruning, the baseline: drop the smallest weights of every linear. Looks at no data.
+    A Hugging Face checkpoint in, a Hugging Face checkpoint out.
+    """
+
+    method: ClassVar[str] = "magnitude"
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    p = argparse.ArgumentParser(
-        prog="python -m sparse.magnitude",
-        description="Magnitude pruning, the baseline: drop the smallest weights of every linear. "
-        "Looks at no data. A Hugging Face checkpoint in, a Hugging Face checkpoint out.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    own = p.add_argument_group("magnitude")
-    own.add_argument(
-        "--per_row",
-        action="store_true",
-        help="every row loses the same share (default: the smallest of the whole matrix go)",
-    )
-    command.add_flags(p, data="text, for --ratios owl only")
-    return p
+    """The command's arguments; names and defaults are the original's where it has them."""
+    return make_parser(Settings, "sparse.magnitude", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return command.run(args, "magnitude", per_row=args.per_row)
+    return command.run(lambda: Settings(**vars(args)))
 
 
 if __name__ == "__main__":

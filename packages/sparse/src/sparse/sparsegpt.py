@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
 
+from harness.settings import flag, make_parser
 from sparse import command
 
 EXAMPLES = """\
@@ -18,63 +20,57 @@ then:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class SparseGPT:
+    """SparseGPT"""
+
+    percdamp: float = flag(
+        0.01, "damping, as a fraction of the Hessian's mean diagonal (default 0.01)",
+        check=(lambda value: 0 < value <= 1, "expected a fraction above 0, at most 1"),
+    )  # fmt: skip
+    blocksize: int = flag(
+        128, "columns whose mask is chosen together (default 128; not for n:m)",
+        check=(lambda value: value >= 1, "expected a positive number of columns"),
+    )  # fmt: skip
+    true_sequential: bool = flag(
+        False, command.TRUE_SEQUENTIAL, names=["--true-sequential", "--true_sequential"]
+    )
+    gmp: bool = flag(
+        False, "the baseline: the smallest weights of every matrix go, nothing is repaid; no data "
+        "(what python -m sparse.magnitude does)",
+    )  # fmt: skip
+    wbits: int = flag(16, "quantize what stays to 2-8 bits (default 16: not)")
+    groupsize: int = flag(
+        -1, "with --wbits: columns that share a scale; -1 is one per row (default)"
+    )
+    sym: bool = flag(False, "with --wbits: no zero points")
+    format: str = flag(
+        "dense", "how the result is stored: dense (default, loads everywhere, saves nothing), "
+        "bitmask (zeros are not stored; only the harness reads it), or packed integers with "
+        "--wbits", choices=["dense", "bitmask", *command.PACKED],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SparseGPT, command.Pruning):
+    """SparseGPT: drop weights of any decoder-only language model in one shot, and let the weights
+    that stay repay what was lost, using a little text. A Hugging Face checkpoint in, a Hugging Face
+    checkpoint out.
+    """
+
+    @property
+    def method(self) -> str:
+        return "magnitude" if self.gmp else "sparsegpt"
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are the original's where it has them."""
-    p = argparse.ArgumentParser(
-        prog="python -m sparse.sparsegpt",
-        description="SparseGPT: drop weights of any decoder-only language model in one shot, and "
-        "let the weights that stay repay what was lost, using a little text. A Hugging Face "
-        "checkpoint in, a Hugging Face checkpoint out.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    own = p.add_argument_group("SparseGPT")
-    own.add_argument(
-        "--percdamp",
-        type=float,
-        default=0.01,
-        help="damping, as a fraction of the Hessian's mean diagonal (default 0.01)",
-    )
-    own.add_argument(
-        "--blocksize",
-        type=int,
-        default=128,
-        help="columns whose mask is chosen together (default 128; not for n:m)",
-    )
-    own.add_argument(
-        "--true-sequential",
-        action="store_true",
-        help="prune a block's layers one after another, each on the effect of the earlier ones; "
-        "here also the faster order",
-    )
-    own.add_argument(
-        "--gmp",
-        action="store_true",
-        help="the baseline: the smallest weights of every matrix go, nothing is repaid; no data "
-        "(what python -m sparse.magnitude does)",
-    )
-    own.add_argument(
-        "--wbits", type=int, default=16, help="quantize what stays to 2-8 bits (default 16: not)"
-    )
-    own.add_argument(
-        "--groupsize",
-        type=int,
-        default=-1,
-        help="with --wbits: columns that share a scale; -1 is one per row (default)",
-    )
-    own.add_argument("--sym", action="store_true", help="with --wbits: no zero points")
-    command.add_flags(p, data="calibration text (not needed with --gmp)", packed=True)
-    return p
+    return make_parser(Settings, "sparse.sparsegpt", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.gmp:
-        return command.run(args, "magnitude", wbits=args.wbits)
-    return command.run(
-        args, "sparsegpt", percdamp=args.percdamp, blocksize=args.blocksize, wbits=args.wbits,
-        groupsize=args.groupsize, sym=args.sym, true_sequential=args.true_sequential,
-    )  # fmt: skip
+    return command.run(lambda: Settings(**vars(args)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
+from harness.settings import flag, make_parser
 from sparse import command
 
 EXAMPLES = """\
@@ -16,38 +19,37 @@ then:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments; the original's spellings are taken too."""
-    p = argparse.ArgumentParser(
-        prog="python -m sparse.wanda",
-        description="Wanda: in every row of every linear drop the weights with the least |weight| "
-        "times norm of their input. No weight is changed otherwise; two forwards of a little text "
-        "are all it costs. A Hugging Face checkpoint in, a Hugging Face checkpoint out.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    own = p.add_argument_group("Wanda")
-    own.add_argument(
-        "--use_variant",
-        action="store_true",
-        help="rows may lose different shares: each drops its weights up to the same share of its "
+@dataclass(frozen=True, kw_only=True)
+class Wanda:
+    """Wanda"""
+
+    use_variant: bool = flag(
+        False, "rows may lose different shares: each drops its weights up to the same share of its "
         "summed scores",
+    )  # fmt: skip
+    true_sequential: bool = flag(
+        False, command.TRUE_SEQUENTIAL, names=["--true-sequential", "--true_sequential"]
     )
-    own.add_argument(
-        "--true-sequential",
-        action="store_true",
-        help="prune a block's layers one after another, each on the effect of the earlier ones; "
-        "one forward instead of two",
-    )
-    command.add_flags(p, data="calibration text")
-    return p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Wanda, command.Pruning):
+    """Wanda: in every row of every linear drop the weights with the least |weight| times norm of
+    their input. No weight is changed otherwise; two forwards of a little text are all it costs. A
+    Hugging Face checkpoint in, a Hugging Face checkpoint out.
+    """
+
+    method: ClassVar[str] = "wanda"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments; names and defaults are the original's where it has them."""
+    return make_parser(Settings, "sparse.wanda", EXAMPLES)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return command.run(
-        args, "wanda", use_variant=args.use_variant, true_sequential=args.true_sequential
-    )
+    return command.run(lambda: Settings(**vars(args)))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ import torch
 from harness import distributed
 from kill_driver import drive
 from sparse import llm_pruner
-from sparse.structured.prune import prune
+from sparse.llm_pruner import prune
 
 SHORT = ["--num_examples", "5", "--max_seq_len", "32"]
 STEPS = ["--pruning_ratio", ".3", "--taylor", "param_mix", "--iterative_steps", "2"]
 OPTIONS = {
     "global": {"pruning_ratio": 0.4, "global_pruning": True},
-    "hidden": {"pruning_ratio": 0.25, "level": "channel"},
+    "hidden": {"pruning_ratio": 0.25, "channel_wise": True},
     "random": {"pruning_ratio": 0.5, "pruner_type": "random"},
-    "layers": {"level": "layer", "layer": 2},
+    "layers": {"layer_wise": True, "layer": 2},
 }
 
 

@@ -10,11 +10,16 @@ from harness.blocks.decoder import Decoder
 from harness.blocks.streams import stream_logits
 from harness.checkpoint import load, nonuniform
 from harness.errors import UserError
+from sparse.llm_pruner import prune
 from sparse.structured import groups
-from sparse.structured.prune import prune
 
 HEADS, HIDDEN = 4, families.HIDDEN
-EVERYWHERE = {"block_attention_layers": (0, 5), "block_mlp_layers": (0, 5)}
+EVERYWHERE = {
+    "block_attention_layer_start": 0,
+    "block_attention_layer_end": 5,
+    "block_mlp_layer_start": 0,
+    "block_mlp_layer_end": 5,
+}
 SPLIT = ("llama", "mha", "opt", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "starcoder2")
 FUSED = ("gpt2", "bloom", "neox", "falcon", "falcon-new", "phi3")
 QUIET = {"pruner_type": "l2", "pruning_ratio": 0.5, "multiple": 1}
@@ -134,7 +139,7 @@ def test_hidden_channels_that_are_zero_leave_no_trace(family, tmp_path):
             elif parameter.ndim == 2:
                 parameter[:, gone] = 0
     model.save_pretrained(tmp_path / "model")
-    options = QUIET | {"pruning_ratio": 10 / HIDDEN, "level": "channel"}
+    options = QUIET | {"pruning_ratio": 10 / HIDDEN, "channel_wise": True}
     result = prune(tmp_path / "model", out=tmp_path / "out", **options)
     assert result["hidden"] == [32, 22] and result["ordinary"]
     ids = families.windows(3)
@@ -154,7 +159,7 @@ REFUSED = {
 def test_hidden_channels_of_other_families_are_refused(family, tmp_path):
     families.save(family, tmp_path / "model")
     with pytest.raises(UserError, match=REFUSED[family]):
-        prune(tmp_path / "model", out=tmp_path / "out", **QUIET, level="channel")
+        prune(tmp_path / "model", out=tmp_path / "out", **QUIET, channel_wise=True)
     assert not list(tmp_path.glob("out*"))
 
 

@@ -20,8 +20,7 @@ from harness.metrics import speed
 from harness.metrics.footprint import stored_size
 from harness.metrics.macs import macs_per_token
 from harness.metrics.perplexity import perplexity
-from sparse.llm_pruner import main
-from sparse.structured.prune import prune
+from sparse.llm_pruner import main, prune
 
 EVERYWHERE = [
     "--block_attention_layer_start", "0", "--block_attention_layer_end", "5",
@@ -130,7 +129,12 @@ def test_for_32_blocks_the_ranges_are_the_originals(tmp_path, capsys):
 
 def test_what_was_pruned_can_be_pruned_again(tmp_path):
     families.save("bloom", tmp_path / "a", num_attention_heads=8, n_head=8)
-    common = {"pruner_type": "random", "block_mlp_layers": (1, 4), "multiple": 1}
+    common = {
+        "pruner_type": "random",
+        "block_mlp_layer_start": 1,
+        "block_mlp_layer_end": 4,
+        "multiple": 1,
+    }
     prune(tmp_path / "a", out=tmp_path / "b", pruning_ratio=0.5, **common)
     again = prune(tmp_path / "b", out=tmp_path / "c", pruning_ratio=0.5, seed=1, **common)
     assert again["rows"][2]["heads"] == [4, 2] and again["rows"][0]["heads"] == [8, 8]
@@ -149,7 +153,13 @@ def test_what_was_pruned_can_be_pruned_again(tmp_path):
 
 
 def test_steps_and_one_threshold(place):
-    options = {"num_examples": 4, "max_seq_len": 32, "block_mlp_layers": (0, 5), "multiple": 4}
+    options = {
+        "num_examples": 4,
+        "max_seq_len": 32,
+        "block_mlp_layer_start": 0,
+        "block_mlp_layer_end": 5,
+        "multiple": 4,
+    }
     rows = prune(
         "model", "text.txt", out="a", pruning_ratio=0.5, global_pruning=True, iterative_steps=2,
         **options,
@@ -181,8 +191,13 @@ def test_perplexity_before_and_after(place, capsys):
 def test_taylor_beats_random_and_l2_on_tiny_llama(level, tmp_path):
     tokenizer = load.load_tokenizer("tiny-llama")
     windows = corpora.evaluation(tokenizer, "stdlib", seqlen=512, limit=30)
-    options = {"pruning_ratio": 0.2, "level": level}
-    options |= {"block_attention_layers": (0, 6), "block_mlp_layers": (0, 6)}
+    options = {"pruning_ratio": 0.2, f"{level}_wise": True}
+    options |= {
+        "block_attention_layer_start": 0,
+        "block_attention_layer_end": 6,
+        "block_mlp_layer_start": 0,
+        "block_mlp_layer_end": 6,
+    }
     found = {}
     for kind in ("taylor", "random", "l2"):
         prune("tiny-llama", "stdlib", out=tmp_path / kind, pruner_type=kind, **options)

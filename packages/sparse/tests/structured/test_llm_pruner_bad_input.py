@@ -37,7 +37,7 @@ def refused(capsys, *words) -> str:
 
 ATTENTION, MLP = "--block_attention_layer_", "--block_mlp_layer_"
 WORDS = {
-    "ratio of one": (["--pruning_ratio", "1"], "1: expected a share from 0 to below 1"),
+    "ratio of one": (["--pruning_ratio", "1"], "1.0: expected a share from 0 to below 1"),
     "ratio below zero": (["--pruning_ratio", "-.1"], "-0.1: expected a share"),
     "ratio that is no number": (["--pruning_ratio", "nan"], "nan: expected a share"),
     "no head left": (
@@ -54,7 +54,7 @@ WORDS = {
     "range below it": ([f"{MLP}start", "-1"], "0 <= start < end <= 3"),
     "empty range": ([f"{MLP}start", "2", f"{MLP}end", "2"], "start 2 --block_mlp_layer_end 2:"),
     "all layers kept": (["--layer_wise", "--layer", "3"], "the model has 3 blocks; keep fewer"),
-    "no layer kept": (["--layer_wise", "--layer", "0"], "--layer 0: expected at least 1"),
+    "no layer kept": (["--layer_wise", "--layer", "0"], "--layer 0: at least 1"),
     "no steps": (["--iterative_steps", "0"], "--iterative_steps 0"),
     "multiple of zero": (["--multiple", "0"], "--multiple 0"),
     "no examples": (["--num_examples", "0"], "--num_examples 0"),

@@ -11,166 +11,121 @@ from pathlib import Path
 import torch
 
 from harness import distributed, locks, precision
-from harness.blocks import preflight
 from harness.blocks.decoder import Decoder
+from harness.blocks.job import Job, claim, open_decoder
 from harness.checkpoint import load, runs
 from harness.checkpoint.load import window_length
 from harness.data import corpora
-from harness.errors import UserError, nearest
-from sparse.structured import importance, scores, selection, shrink
-from sparse.structured import levels as cuts
-
-LEVELS = ("block", "channel", "layer")
+from harness.errors import UserError
+from sparse.structured import levels, scores, selection, shrink
 
 
 @locks.releasing
-def prune(
-    model: str,
-    dataset: str | None = None,
-    *,
-    out: str | Path,
-    pruning_ratio: float = 0.5,
-    level: str = "block",
-    pruner_type: str = "taylor",
-    taylor: str = "param_first",
-    grouping_strategy: str = "sum",
-    global_pruning: bool = False,
-    iterative_steps: int = 1,
-    layer: int = 12,
-    block_attention_layers: tuple[int | None, int | None] = (None, None),
-    block_mlp_layers: tuple[int | None, int | None] = (None, None),
-    multiple: int = 8,
-    num_examples: int = 10,
-    max_seq_len: int = 128,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    overwrite: bool = False,
-    resume: bool = True,
-    dry_run: bool = False,
-    command: str = "sparse.structured.prune(...)",
-) -> dict:
-    """Prune ``model`` structurally and write the checkpoint folder ``out``.
+def run(settings, command: str) -> dict:
+    """Prune the model structurally and write the checkpoint folder ``settings.out``.
 
     Args:
-        model: folder, hub id or embedded name.
-        dataset: text for the gradients of ``pruner_type`` "taylor".
-        pruning_ratio: share of the groups of every part that goes, in [0, 1).
-        level: "block" (heads and MLP channels), "channel" (hidden channels) or "layer" (keep the
-            first ``layer`` blocks).
-        pruner_type, taylor, grouping_strategy: see :mod:`sparse.structured.importance`.
-        global_pruning: one threshold for the groups of all blocks.
-        iterative_steps: prune in that many steps, scored anew before each.
-        block_attention_layers, block_mlp_layers: first block, and first that is not pruned; None
-            leaves out 3 of 32 at the start and 1 of 32 at the end.
-        multiple: MLP and hidden channels are kept in multiples of this.
-        num_examples, max_seq_len: windows for the gradients, and their length at most.
+        settings: :class:`sparse.llm_pruner.Settings`. command: for the card.
 
     Returns:
-        "rows": per block heads, kv_heads and channels before and after; "hidden", "layers",
-        "parameters", "macs" (per token, at the windows' length), each (before, after); "ordinary":
-        whether plain transformers loads the result.
+        See :func:`sparse.llm_pruner.prune`.
 
     Raises:
         harness.errors.UserError: anything the user can mend, in one line.
     """
-    _check_words(pruning_ratio, level, pruner_type, taylor, grouping_strategy, locals())
-    device = distributed.start(load.pick_device(device))
-    folder = load.resolve(model)
-    decoder = Decoder(folder, device=device, dtype=dtype, name=model)
-    preflight.check(decoder, None, "dense", Path(out))
-    runs.claim(Path(out), folder, overwrite, dry_run)
-    settings = {"pruning_ratio": pruning_ratio, "level": level}
-    if level == "layer":
-        settings = {"level": level, "layer": layer}
-        cut = cuts.layer_wise(decoder, layer)
-    else:
-        settings |= {
-            "pruner_type": pruner_type, "grouping_strategy": grouping_strategy,
-            "global_pruning": global_pruning, "iterative_steps": iterative_steps,
-            "multiple": multiple,
-        }  # fmt: skip
-        exact = Decoder(folder, device=device, dtype=torch.float32)
-        if level == "block":
-            spans = cuts.ranges(decoder, block_attention_layers, block_mlp_layers)
-            settings |= {f"block_{kind}_layers": list(span) for kind, span in spans.items()}
-            cut = cuts.block_wise(exact, spans, multiple)
-        else:
-            cut = cuts.channel_wise(exact, pruning_ratio, multiple)
-        counts = {name: len(mask) for name, mask in cut.alive.items()}
-        selection.check_counts(counts, pruning_ratio, cut.multiples)
-        cuts.check(
-            exact, cut, selection.uniform(cut.alive, cut.alive, pruning_ratio, cut.multiples)
+    s, level = settings, settings.level
+    if s.global_pruning and level == "channel":
+        raise UserError(
+            "--global_pruning compares the groups of different blocks; hidden channels are the "
+            "same in all. Drop it, or take --block_wise."
         )
+    job, out = Job.of(settings, command), Path(s.out)
+    decoder = open_decoder(job)
+    claim(job, decoder, None, "dense")
+    exact = None if level == "layer" else Decoder(
+        decoder.weights.folder, device=str(decoder.device), dtype=torch.float32
+    )  # fmt: skip
+    cut, noted = _cut(s, decoder, exact)
     windows = calibration = None
-    if level != "layer" and pruner_type == "taylor":
-        settings["taylor"] = taylor
-        if dataset is None:
-            raise UserError(
-                "taylor scores need text for their gradients; name a dataset, or take "
-                "--pruner_type l2, l1 or random."
-            )
-        seqlen = window_length(decoder.config, min(max_seq_len, window_length(decoder.config)))
-        calibration = {
-            "dataset": dataset, "nsamples": num_examples, "seqlen": seqlen, "seed": seed,
-        }  # fmt: skip
-        windows = corpora.calibration(
-            load.load_tokenizer(folder), dataset, nsamples=num_examples, seqlen=seqlen,
-            seed=seed,
-        )  # fmt: skip
-    if dry_run:
-        cut.alive = selection.uniform(cut.alive, cut.alive, pruning_ratio, cut.multiples)
-        result = shrink.summary(decoder, cut, max_seq_len)
+    if level != "layer" and s.pruner_type == "taylor":
+        noted["taylor"] = s.taylor
+        windows, calibration = _windows(s, decoder)
+    result = None
+    if s.dry_run:
+        cut.alive = selection.uniform(cut.alive, cut.alive, s.pruning_ratio, cut.multiples)
+        result = shrink.summary(decoder, cut, s.max_seq_len)
         shrink.print_needs(decoder, windows, result)
         return result
     if level != "layer":
-        # Half precision has no room for gradients.
-        scorer = exact if decoder.dtype == torch.float16 else decoder
-        choose = selection.by_one_threshold if global_pruning else selection.uniform
-        for step in range(1, iterative_steps + 1):
-            if iterative_steps > 1:
-                distributed.say(f"step {step} of {iterative_steps}")
-            group_scores = scores.score(
-                scorer, cut, windows, pruner_type, taylor, grouping_strategy, seed + step
-            )
-            ratio = pruning_ratio * step / iterative_steps
-            cut.alive = choose(group_scores, cut.alive, ratio, cut.multiples)
-        cuts.check(exact, cut, cut.alive)
+        _choose(s, decoder, exact, cut, windows)
     step = {
-        "method": "llm_pruner", "base": str(model), "command": command, "settings": settings,
+        "method": "llm_pruner", "base": s.model, "command": command, "settings": noted,
         "calibration": calibration, "dtype": precision.record(decoder.dtype, decoder.stored_dtype),
     }  # fmt: skip
-    result = shrink.summary(decoder, cut, max_seq_len)
-    mark = {"base": str(model), "dtype": precision.name(decoder.dtype), "seed": seed, **settings}
+    result = shrink.summary(decoder, cut, s.max_seq_len)
+    mark = {"base": s.model, "dtype": precision.name(decoder.dtype), "seed": s.seed, **noted}
     mark |= calibration or {}
 
     def write():
-        identity = runs.fingerprint(folder, windows, mark)
-        how = {"overwrite": overwrite, "resume": resume}
-        shrink.write(decoder, cut, Path(out), step, identity, result, **how)
+        identity = runs.fingerprint(decoder.weights.folder, windows, mark)
+        how = {"overwrite": s.overwrite, "resume": s.resume}
+        shrink.write(decoder, cut, out, step, identity, result, **how)
 
     distributed.lead(write)
     return result
 
 
-def _check_words(ratio, level, pruner, taylor, strategy, numbers) -> None:
-    if not 0 <= ratio < 1:
-        raise UserError(f"--pruning_ratio {ratio:g}: expected a share from 0 to below 1.")
-    for value, known, flag in (
-        (level, LEVELS, "level"),
-        (pruner, importance.PRUNERS, "--pruner_type"),
-        (taylor, importance.TAYLORS, "--taylor"),
-        (strategy, importance.STRATEGIES, "--grouping_strategy"),
-    ):
-        if value not in known:
-            raise UserError(
-                f"{flag} {value}: expected one of {', '.join(known)}.{nearest(value, known)}"
-            )
-    for name in ("iterative_steps", "multiple", "num_examples", "layer"):
-        if numbers[name] < 1:
-            raise UserError(f"--{name} {numbers[name]}: expected at least 1.")
-    if numbers["global_pruning"] and level == "channel":
+def _cut(s, decoder: Decoder, exact: Decoder | None) -> tuple[levels.Cut, dict]:
+    """What may go at this level, checked on every block, and the settings of recipe.yaml."""
+    if s.level == "layer":
+        return levels.layer_wise(decoder, s.layer), {"level": "layer", "layer": s.layer}
+    noted = {
+        "pruning_ratio": s.pruning_ratio, "level": s.level, "pruner_type": s.pruner_type,
+        "grouping_strategy": s.grouping_strategy, "global_pruning": s.global_pruning,
+        "iterative_steps": s.iterative_steps, "multiple": s.multiple,
+    }  # fmt: skip
+    if s.level == "block":
+        attention = (s.block_attention_layer_start, s.block_attention_layer_end)
+        mlp = (s.block_mlp_layer_start, s.block_mlp_layer_end)
+        spans = levels.ranges(decoder, attention, mlp)
+        noted |= {f"block_{kind}_layers": list(span) for kind, span in spans.items()}
+        cut = levels.block_wise(exact, spans, s.multiple)
+    else:
+        cut = levels.channel_wise(exact, s.pruning_ratio, s.multiple)
+    counts = {name: len(mask) for name, mask in cut.alive.items()}
+    selection.check_counts(counts, s.pruning_ratio, cut.multiples)
+    evenly = selection.uniform(cut.alive, cut.alive, s.pruning_ratio, cut.multiples)
+    levels.check(exact, cut, evenly)
+    return cut, noted
+
+
+def _windows(s, decoder: Decoder) -> tuple[torch.Tensor, dict]:
+    """The text for the gradients, and what the card says of it."""
+    if s.dataset is None:
         raise UserError(
-            "--global_pruning compares the groups of different blocks; hidden channels are the "
-            "same in all. Drop it, or take --block_wise."
+            "taylor scores need text for their gradients; name a dataset, or take "
+            "--pruner_type l2, l1 or random."
         )
+    seqlen = window_length(decoder.config, min(s.max_seq_len, window_length(decoder.config)))
+    noted = {"dataset": s.dataset, "nsamples": s.num_examples, "seqlen": seqlen, "seed": s.seed}
+    windows = corpora.calibration(
+        load.load_tokenizer(decoder.weights.folder), s.dataset, nsamples=s.num_examples,
+        seqlen=seqlen, seed=s.seed,
+    )  # fmt: skip
+    return windows, noted
+
+
+def _choose(s, decoder: Decoder, exact: Decoder, cut: levels.Cut, windows) -> None:
+    """Score the groups and mark in ``cut`` those that stay, step by step."""
+    # Half precision has no room for gradients.
+    scorer = exact if decoder.dtype == torch.float16 else decoder
+    choose = selection.by_one_threshold if s.global_pruning else selection.uniform
+    for step in range(1, s.iterative_steps + 1):
+        if s.iterative_steps > 1:
+            distributed.say(f"step {step} of {s.iterative_steps}")
+        group_scores = scores.score(
+            scorer, cut, windows, s.pruner_type, s.taylor, s.grouping_strategy, s.seed + step
+        )
+        ratio = s.pruning_ratio * step / s.iterative_steps
+        cut.alive = choose(group_scores, cut.alive, ratio, cut.multiples)
+    levels.check(exact, cut, cut.alive)
