@@ -126,6 +126,14 @@ def test_a_namespace_stays_where_the_flags_are(package):
                     assert fine, f"{path}: {function.name} takes a Namespace"
 
 
+@pytest.mark.parametrize("package", ["harness", *METHODS])
+def test_what_a_run_leaves_is_named_in_one_place(package):
+    for name, path in modules(package).items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            spelled = isinstance(node, ast.Constant) and ".partial" in str(node.value)
+            assert not spelled or name == "harness.checkpoint.runs", f"{path}: .partial"
+
+
 # What else a method may import of another: the mathematics that it composes.
 COMPOSES = {"llmc": ("gptq", "sparse")}
 

@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import families
-from harness import cli, locks
+from harness import cli
 from harness.blocks import sequential
 from harness.blocks.decoder import Decoder
-from harness.checkpoint import load, save, side_files
+from harness.checkpoint import load, runs, save, side_files
 from harness.errors import UserError
 from harness.training import engine
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from harness import locks
-locks.hold(Path(sys.argv[1]))
+from harness.checkpoint.runs import RunFolder
+RunFolder(Path(sys.argv[1])).hold()
 print("held", flush=True)
 time.sleep(60)
 """
@@ -59,7 +59,7 @@ def test_a_second_run_on_one_place_ends_in_one_line(model, tmp_path, capsys):
     assert not out.exists() and not (tmp_path / "out.partial").exists()
     results = tmp_path / "results.json"
     with pytest.raises(UserError, match="another run is writing"):
-        locks.hold(out)
+        runs.RunFolder(out).hold()
     os.kill(holder.pid, signal.SIGKILL)  # the kernel gives the place back
     holder.wait()
     (tmp_path / "text.txt").write_text(families.TEXT * 40)

@@ -5,6 +5,7 @@ Nothing heavy is imported at module level: arguments are parsed first, so `--hel
 
 import argparse
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from dataclasses import fields
 
 from harness import locks, paths, settings
 from harness.commands.eval_settings import EvalSettings
-from harness.errors import UserError
+from harness.errors import Finished, UserError
 from harness.settings import Shared
 
 DONE, FAULT, MENDABLE, INTERRUPTED = 0, 1, 2, 130
@@ -47,12 +48,17 @@ def add_bos(group) -> None:
 def run(body: Callable[[], int | None]) -> int:
     """Call `body` and turn its outcome into the house's exit code; nothing is raised.
 
-    0 done (or the int that `body` returned); 2 the user can mend it (one line on stderr: a
+    0 done (or the int that `body` returned; a line on stderr where the result was there already);
+    2 the user can mend it (one line on stderr: a
     `UserError`, a full disk, a place that is not theirs); 130 interrupted; 1 a fault of ours
     (traceback on stderr).
     """
     try:
         return body() or DONE
+    except Finished as there:
+        if os.environ.get("RANK", "0") == "0":
+            print(there, file=sys.stderr)
+        return DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MENDABLE

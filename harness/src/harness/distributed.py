@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from harness.errors import UserError
+from harness.errors import Finished, UserError
 
 _joined = False
 
@@ -54,6 +54,17 @@ def start(device: str) -> str:
 
 
 @contextmanager
+def together():
+    """The ranks leave the body together, unless one fails."""
+    try:
+        yield
+    except Finished:
+        gather()
+        raise
+    gather()
+
+
+@contextmanager
 def group():
     """Leave the process group when the body ends. After a success all ranks leave together: one
     that leaves while another still talks to it can abort on its way out, with the result long
@@ -61,8 +72,8 @@ def group():
     it is DeepSpeed's (`engine.group`)."""
     before = dist.is_initialized()
     try:
-        yield
-        gather()
+        with together():
+            yield
     finally:
         if not before:
             leave()
@@ -104,15 +115,15 @@ def lead(function):
     that no rank waits for one that has left."""
     if world_size() == 1:
         return function()
-    result, message = None, None
+    result, raised = None, None
     if rank() == 0:
         try:
             result = function()
         except UserError as error:
-            message = str(error)
-    result, message = broadcast_object((result, message))
-    if message:
-        raise UserError(message)
+            raised = type(error)(str(error))  # without its traceback, which would hold the frames
+    result, raised = broadcast_object((result, raised))
+    if raised:
+        raise raised
     return result
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this" (exit code 2), and name suggestions."""
+"""The exception that means "the user can mend this" (exit code 2), and name suggestions."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).splitlines()))
+
+
+class Finished(UserError):
+    """The result of this very command is there: nothing is left to do (exit code 0)."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

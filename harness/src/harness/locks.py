@@ -1,8 +1,7 @@
-"""Locks: one run at a time writes what one ``--out`` names.
+"""Locks: one process at a time writes what one ``--out`` names.
 
-A run *holds* its ``--out`` from its first byte to its last rename: a file ``OUT.partial.lock`` is
-locked by the process, so that the kernel gives it back after a kill, and a second run on the same
-name ends in one line.
+A file beside it is locked, so that the kernel gives it back after a kill, and a second run on the
+same name ends in one line. Which file that is, `checkpoint.runs` knows.
 """
 
 import contextlib
@@ -15,20 +14,19 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.paths import cannot_make
 
-LOCK = ".partial.lock"
 _held: dict[Path, int] = {}
 
 
-def hold(out: Path, flag: str = "--out") -> None:
-    """Let no other process begin a run on ``out`` until :func:`release`, or this one's end. A
-    process that holds it already may ask again.
+def hold(file: Path, out: Path, flag: str = "--out") -> None:
+    """Lock ``file`` for ``out`` until :func:`release`, or the end of this process, which may ask
+    again.
 
     Raises:
         UserError: another run holds it, or no file can be made beside it.
     """
     import fcntl
 
-    path = _lock_file(out)
+    path = _resolved(file)
     while path not in _held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +52,9 @@ def hold(out: Path, flag: str = "--out") -> None:
             os.close(handle)
 
 
-def release(out: Path) -> None:
-    """Give ``out`` back, where this process holds it."""
-    path = _lock_file(out)
+def release(file: Path) -> None:
+    """Give ``file`` back, where this process holds it."""
+    path = _resolved(file)
     handle = _held.pop(path, None)
     if handle is not None:
         with contextlib.suppress(OSError):
@@ -82,12 +80,11 @@ def releasing(function):
 def release_all() -> None:
     """Give back all that this process holds: at the end of a command, however it ended."""
     for path in list(_held):
-        release(path.with_name(path.name.removesuffix(LOCK)))
+        release(path)
 
 
-def _lock_file(out: Path) -> Path:
-    place = os.path.realpath(os.path.dirname(os.path.abspath(out)))
-    return Path(place) / (out.name + LOCK)
+def _resolved(file: Path) -> Path:
+    return Path(os.path.realpath(os.path.dirname(os.path.abspath(file)))) / file.name
 
 
 def _same_file(handle: int, path: Path) -> bool:

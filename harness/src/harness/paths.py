@@ -54,20 +54,6 @@ def copy(source: Path, target: Path) -> None:
         raise disk_error(target, error) from error
 
 
-def swap(made: Path, out: Path) -> Path:
-    """Rename the finished folder ``made`` to ``out``, with all that is in it synced: a kill leaves
-    the old or the new one whole. Returns where the old one, if any, waits to be deleted."""
-    for path in [*made.rglob("*"), made]:
-        sync(path)
-    replaced = out.with_name(out.name + ".partial.replaced")
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(out, replaced)
-    os.replace(made, out)
-    sync(out.parent)
-    return replaced
-
-
 def sync(path: Path) -> None:
     """Have the disk hold a file's bytes, or a folder's names."""
     handle = os.open(path, os.O_RDONLY)
@@ -163,15 +149,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; it is damaged, get another copy.")
     return value
-
-
-def check_new(out: Path, replace: bool) -> None:
-    """Raise :class:`UserError` unless the file ``out`` of JSON lines may be written."""
-    if out.suffix != ".jsonl":
-        raise UserError(f"--out {out}: expected a name in .jsonl, by which other commands read it.")
-    check_place(out)
-    if out.is_dir() or (out.exists() and not replace):
-        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
 
 
 def save_tensors(

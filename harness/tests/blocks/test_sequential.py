@@ -21,7 +21,7 @@ from harness.blocks import sequential
 from harness.blocks.decoder import Decoder
 from harness.blocks.sequential import Method, Update, compress, per_stage
 from harness.checkpoint import hashes, runs
-from harness.errors import UserError
+from harness.errors import Finished, UserError
 from harness.modules import get_matrix, linears, set_matrix
 from harness.quant.grid import Grid, nearest
 
@@ -363,8 +363,8 @@ def test_a_change_anywhere_in_a_large_file_is_another_model(tmp_path):
 def test_a_place_where_nothing_can_be_made_is_refused_first(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"file is a file, no folder; choose another --out"):
-        runs.check_out(tmp_path / "file" / "new" / "out", overwrite=False)
-    runs.check_out(tmp_path / "new" / "out", overwrite=False)
+        runs.RunFolder(tmp_path / "file" / "new" / "out").check(overwrite=False)
+    runs.RunFolder(tmp_path / "new" / "out").check(overwrite=False)
 
 
 def test_what_a_kill_after_the_last_rename_leaves_is_swept(sources, tmp_path):
@@ -373,7 +373,7 @@ def test_what_a_kill_after_the_last_rename_leaves_is_swept(sources, tmp_path):
     (tmp_path / "out.partial.json").write_text("{}")
     for name in ("out.side.partial", "out.partial.replaced"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="out exists"):
+    with pytest.raises(Finished, match="out is finished already"):
         run(source, out, noting({}))
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 

@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 import families
-from harness import locks, paths
+from harness import paths
 from harness.checkpoint import card, load, recipe, runs, side_files
 from harness.checkpoint.save import save_model
 from harness.errors import UserError
 
 HOLD = """import sys
 from pathlib import Path
-from harness import locks
-locks.hold(Path(sys.argv[1]))
+from harness.checkpoint.runs import RunFolder
+RunFolder(Path(sys.argv[1])).hold()
 print("held", flush=True)
 """
 
@@ -38,14 +38,16 @@ def test_a_name_is_held_by_one_process_and_freed_by_a_kill(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "new")
     for name in (out, tmp_path / "link" / "folder" / "out"):  # the same place
         with pytest.raises(UserError, match="another run is writing"):
-            locks.hold(name)
-    locks.hold(out.with_name("other"))
-    locks.release(out.with_name("other"))
+            runs.RunFolder(name).hold()
+    other = runs.RunFolder(out.with_name("other"))
+    other.hold()
+    other.release()
     process.kill()
     process.wait()
-    locks.hold(out)  # the file that was left behind stands in nobody's way
-    locks.hold(out)
-    locks.release(out)
+    run = runs.RunFolder(out)
+    run.hold()  # the file that was left behind stands in nobody's way
+    run.hold()
+    run.release()
     assert not list(out.parent.iterdir())
 
 

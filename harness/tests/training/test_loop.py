@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import driving
 import families
+from harness.checkpoint import runs
 from harness.errors import UserError
 from harness.training import engine
 
@@ -181,8 +182,27 @@ def test_another_run_there_is_refused_by_name(source, tmp_path, capsys):
     assert trainer_driver.main(source, out, zero=1) == 2
     assert "begun by another run (settings, zero: 0 there, 1 now)" in capsys.readouterr().err
     assert trainer_driver.main(source, out, zero=1, resume=False) == 0
-    assert trainer_driver.main(source, out, zero=1) == 2
+    assert trainer_driver.main(source, out, zero=1) == 0
+    assert f"{out} is finished already." in capsys.readouterr().err
+    assert trainer_driver.main(source, out) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_run_killed_after_its_last_rename_is_finished(source, tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "out", runs.RunFolder.forget
+
+    def killed(run):
+        if out.exists():
+            raise KeyboardInterrupt
+        real(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunFolder, "forget", killed)
+        assert trainer_driver.main(source, out) == 130
+    assert (tmp_path / "out.partial" / "states").is_dir()
+    assert trainer_driver.main(source, out) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"{out} is finished already."
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_value_that_is_no_number_stops(source, tmp_path, capsys):

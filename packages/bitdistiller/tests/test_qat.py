@@ -319,22 +319,22 @@ def test_cross_entropy_needs_no_teacher(place, tmp_path, monkeypatch):
 
 def test_a_cache_of_all_tokens_is_the_teacher(place, tmp_path, monkeypatch):
     words = [place / "model", "--data", place / "set.jsonl", "--topk", 288, "--out"]
-    words += [tmp_path / "cache", "--model_max_length", 32]
+    words += [tmp_path / "probs", "--model_max_length", 32]
     assert cache_teacher.main([str(word) for word in words]) == 0
     looked = ["--ppl", place / "text.txt", "--ppl_limit", 4]
     # The cache leaves out the rows held out; a run that looks elsewhere would train on them too.
     rows = example_sets.pairs(str(place / "set.jsonl"), "train")
     (place / "part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     live = qat.run(place, tmp_path / "live", *looked, data="part.jsonl")
-    kept = qat.run(place, tmp_path / "kept", *looked, "--teacher-cache", tmp_path / "cache")
+    kept = qat.run(place, tmp_path / "kept", *looked, "--teacher-cache", tmp_path / "probs")
     assert qat.looks(kept)[-1] == pytest.approx(qat.looks(live)[-1], rel=1e-2)
     betas = [qat.log(out)["settings"]["beta"] for out in (live, kept)]
     assert betas[0] == pytest.approx(betas[1], rel=1e-3)
-    held_out = qat.run(place, tmp_path / "held", "--teacher_cache", tmp_path / "cache", steps=1)
+    held_out = qat.run(place, tmp_path / "held", "--teacher_cache", tmp_path / "probs", steps=1)
     assert qat.looks(held_out)[0]["validation_loss"] > 1  # cross entropy
     families.save("llama", place / "another", tokenizer=True, num_hidden_layers=2, seed=1)
     for more, model in (
         (["--max_train_samples", 9], "model"), (["--train_on_inputs"], "model"), ([], "another"),
     ):  # fmt: skip
-        words = ["--teacher_cache", tmp_path / "cache", *more]
+        words = ["--teacher_cache", tmp_path / "probs", *more]
         qat.run(place, tmp_path / "x", *words, model=model, code=2)

@@ -132,7 +132,7 @@ def test_other_settings_over_an_unfinished_run(place, capsys, monkeypatch):
     line = refused(capsys, "model", "text.txt", *QUICK, "--seed", "1")
     assert "settings, seed: 0 there, 1 now" in line
     assert main(["model", "text.txt", *QUICK, "--out", "out"]) == 0
-    line = refused(capsys, "model", "text.txt", *QUICK)
+    line = refused(capsys, "model", "text.txt", *QUICK, "--no-resume")
     assert "out exists" in line
 
 

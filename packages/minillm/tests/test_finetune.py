@@ -147,9 +147,17 @@ def test_distillation_is_the_plain_loop(place, tmp_path):
 
 def test_distillation_from_a_whole_cache_is_that_from_the_teacher(place, tmp_path):
     """All 288 log-probabilities of each label, in float16."""
-    words = ["--data", place / "set.jsonl", *QUICK[:4], "--topk", 288, "--out", tmp_path / "cache"]
+    words = [
+        "--data",
+        place / "set.jsonl",
+        *QUICK[:4],
+        "--topk",
+        288,
+        "--out",
+        tmp_path / "probs",
+    ]
     assert cache_teacher.main([str(word) for word in [place / "teacher", *words]]) == 0
-    kept = run(place, tmp_path / "kept", "--type", "kd", "--teacher-cache", tmp_path / "cache")
+    kept = run(place, tmp_path / "kept", "--type", "kd", "--teacher-cache", tmp_path / "probs")
     live = run(place, tmp_path / "live", "--type", "kd", "--teacher", place / "teacher")
     assert distance(*map(weights, (place / "llama", live, kept))) < 0.02
     rows = [log(tmp_path / name)["looks"][-1] for name in ("live", "kept")]

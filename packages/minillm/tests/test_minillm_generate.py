@@ -145,6 +145,8 @@ def test_a_killed_run_ends_with_the_same_bytes(place, capsys):
     assert "resuming: 9 responses are there" in capsys.readouterr().err
     assert (place / "again.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
     assert not list(place.glob("*.partial*"))
+    with (place / "again.jsonl").open("a") as lines:
+        lines.write("{}\n")  # no longer what the command made
     assert main([*words, "--out", "again.jsonl"]) == 2
     assert "again.jsonl exists" in capsys.readouterr().err
     assert main([*words, "--out", "other.jsonl", "--seed", "1"]) == 0

@@ -82,7 +82,7 @@ def print_plan(
     Raises:
         UserError: the output folder is in the way (checked without --overwrite).
     """
-    runs.check_out(Path(out), overwrite=True)
+    runs.RunFolder(out).check(overwrite=True)
     speed, exact = (
         multiply_adds_per_second(decoder.device, dtype) for dtype in (decoder.dtype, torch.float32)
     )

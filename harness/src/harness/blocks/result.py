@@ -9,11 +9,10 @@ import torch
 from harness import paths
 from harness.blocks.block import BlockInHand
 from harness.checkpoint import bitmask, card, formats, side_files
+from harness.checkpoint.runs import LOG
 from harness.checkpoint.shards import Writer, config_for
 from harness.modules import turn
 from harness.quant.grid import QuantizedWeight
-
-LOG = "compression_log.json"
 
 
 def tensors_of(hand: BlockInHand, layout: str) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
@@ -98,7 +97,7 @@ def finish(decoder, method, shards: Writer, step: dict, rows, quantization, read
     texts = {
         "recipe.yaml": card.recipe(source, step),
         "README.md": card.model_card(step["base"], step, method.layout, sizes, read_by),
-        LOG: json.dumps({**step, "layers": rows}, indent=1) + "\n",
+        LOG: json.dumps({**step, **shards.run.made_by, "layers": rows}, indent=1) + "\n",
     }
     side = (method.side_file, method.side_note) if method.side_file else None
     shards.finish(outer, config, texts, side)

@@ -18,10 +18,10 @@ from harness import distributed, memory, precision
 from harness.blocks import preflight, result
 from harness.blocks.block import Act, BlockInHand, Update, per_stage
 from harness.blocks.decoder import Decoder, batches
-from harness.blocks.result import LOG
 from harness.blocks.streams import Streams
 from harness.checkpoint import formats, quantconfig, readers, runs
 from harness.checkpoint.load import window_length
+from harness.checkpoint.runs import LOG
 from harness.checkpoint.shards import Writer, decode_block
 from harness.data import corpora
 from harness.modules import linears
@@ -133,7 +133,7 @@ def _every_block(decoder, method: Method, shards: Writer, windows, quantization)
     """Work on every block that is not finished yet, and write it; the rows of all."""
     rows = []
     begun = time.perf_counter()
-    with shards.begun():
+    with shards.run.nothing_left():
         streams = Streams(decoder, windows, method.streams, method.split)
         finished = distributed.broadcast_object(shards.finished)
         if finished:

@@ -89,6 +89,11 @@ def sample_hash(path: Path, pieces: int = 256, part: int = 2**14) -> str:
     return f"{size}:{digest.hexdigest()[:16]}"
 
 
+def mark(path: Path) -> str | None:
+    """What tells whether a finished file is still what it was; None where there is none."""
+    return sample_hash(path) if path.is_file() else None
+
+
 def tokens_hash(tokens) -> str:
     """Of token ids, a tensor of any shape."""
     shape = repr(tuple(tokens.shape)).encode()

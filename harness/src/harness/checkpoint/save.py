@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from harness import locks, paths
-from harness.checkpoint import card, load, names, readers, runs, shards, side_files
+from harness import paths
+from harness.checkpoint import card, load, names, readers, shards, side_files
 from harness.checkpoint.nonuniform import skeleton
+from harness.checkpoint.runs import LOG, RunFolder
 from harness.checkpoint.weights import Weights
-
-LOG = "compression_log.json"
 
 # File name -> (tensors, metadata: one entry or none), as `writer.save_tensors` takes them.
 Side = dict[str, tuple[dict[str, torch.Tensor], dict[str, str] | None]]
@@ -32,7 +31,7 @@ def save_model(
     config: dict | None = None,
     read_by: str | None = None,
     overwrite: bool = False,
-    staging: Path | None = None,
+    run: RunFolder | None = None,
     beside: Sequence[Path] = (),
     side: Side | None = None,
 ) -> Path:
@@ -45,15 +44,17 @@ def save_model(
         sizes: numbers for the card, by label.
         config: the whole of config.json (default: the source's, with the model's dtype).
         read_by: what loads the result (default: what loads any dense checkpoint).
-        staging: where it is put together (default: ``out`` + ".partial"); emptied first.
+        run: the open run that this is the end of (default: one of its own).
         beside: folders that are copied into the result, those that are there.
         side: tensors that are no part of the model, by the name of their file.
 
     Raises:
         UserError: ``out`` is in the way, or the disk is full.
     """
-    runs.begin(out, overwrite)
-    staging = staging or out.with_name(out.name + ".partial")
+    if run is None:
+        run = RunFolder(out)
+        run.open({"step": step}, "*", overwrite=overwrite, resume=False)
+    staging = run.partial / "result"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     _save_weights(model, source, staging)
@@ -68,7 +69,7 @@ def save_model(
         "config.json": json.dumps(config, indent=2) + "\n",
         "recipe.yaml": card.recipe(source, step),
         "README.md": card.model_card(base, step, "dense", sizes, read_by),
-        LOG: json.dumps({**step, **(log or {})}, indent=1) + "\n",
+        LOG: json.dumps({**step, **run.made_by, **(log or {})}, indent=1) + "\n",
     }
     for name, text in texts.items():
         paths.write_text(staging / name, text)
@@ -78,9 +79,7 @@ def save_model(
     for folder in beside:
         if folder.is_dir():
             shutil.copytree(folder, staging / folder.name)
-    replaced = runs.put_in_place(staging, out, overwrite)
-    shutil.rmtree(replaced, ignore_errors=True)
-    locks.release(out)
+    run.publish(staging)
     return out
 
 

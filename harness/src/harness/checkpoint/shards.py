@@ -1,24 +1,22 @@
 """Write a checkpoint block by block: whole or not at all, and resumable after any kill.
 
-While a run is under way ``OUT.partial/`` holds finished shards under their final names, and
-``OUT.partial.json`` says what run they belong to and holds their log. At the end the folder is
-renamed to ``OUT``. One shard holds what lies outside the blocks, then comes one shard per block.
-Tensors that are no part of the model wait in ``OUT.side.partial/``, a file per block, and end as
-one file of the result.
+One shard holds what lies outside the blocks, then comes one shard per block. While the run
+(runs.RunFolder) is under way they stand under their final names, and it notes their log. Tensors
+that are no part of the model wait beside, a file per block, and end as one file of the result.
 """
 
 import json
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from harness import distributed, locks, paths
+from harness import distributed, paths
 from harness.checkpoint import bitmask, formats
-from harness.checkpoint.runs import begin, mark, put_in_place, read_state, refuse_other_run, remove
+from harness.checkpoint.hashes import mark
+from harness.checkpoint.runs import RunFolder, read_state
 from harness.paths import save_tensors, tensor_bytes
 
 
@@ -43,66 +41,33 @@ class Writer:
         resume: bool = True,
         lead: bool = True,
     ):
-        self.out = Path(out)
-        self.blocks = blocks
-        self.overwrite = overwrite
-        self.partial = self.out.with_name(self.out.name + ".partial")
-        self.identity_file = self.out.with_name(self.out.name + ".partial.json")
-        self.side_folder = self.out.with_name(self.out.name + ".side.partial")
-        self.lead = lead
+        self.blocks, self.lead = blocks, lead
+        self.run = RunFolder(out)
+        self.partial = self.run.partial
         if not lead:
             return
-        begin(self.out, overwrite)
-        self.state = json.loads(json.dumps(run)) | {"log": [], "shards": []}
-        if not resume:
-            self._forget()
-        if self.identity_file.is_file() and any(self.partial.glob("model-*.safetensors")):
-            before = read_state(self.identity_file)
-            begun = {part: v for part, v in before.items() if part not in ("log", "shards")}
-            refuse_other_run(self.partial, begun, run)
-            self.state = self._checked(before)
+        if self.run.open(run, "model-*.safetensors", overwrite=overwrite, resume=resume):
+            self.run.note(**self._checked(self.run.progress))
         else:
-            self._forget()
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._write_state()
-        self.partial.mkdir(parents=True, exist_ok=True)
+            self.run.progress = {"log": [], "shards": []}
         # Half-written files, under our names or the safetensors library's, and what finish() makes.
         shards = {self.shard(1 + index) for index in range(self.finished)}
         for leftover in set(self.partial.iterdir()) - shards:
-            remove(leftover)
+            folder = leftover.is_dir() and not leftover.is_symlink()
+            shutil.rmtree(leftover) if folder else leftover.unlink()
 
     def _checked(self, state: dict) -> dict:
         """``state`` up to the first block that is not on the disk as it was written."""
         good, log, marks = 0, state.get("log"), state.get("shards")
         if not (isinstance(log, list) and isinstance(marks, list)):
-            return state | {"log": [], "shards": []}
+            return {"log": [], "shards": []}
         for _, marked in zip(log[: self.blocks], marks, strict=False):
-            paths = (self.shard(1 + good), self._side_part(good))
-            if marked != [mark(path) for path in paths]:
-                distributed.say(f"{paths[0]} is not whole; it is made again")
+            files = (self.shard(1 + good), self._side_part(good))
+            if marked != [mark(path) for path in files]:
+                distributed.say(f"{files[0]} is not whole; it is made again")
                 break
             good += 1
-        return state | {"log": log[:good], "shards": marks[:good]}
-
-    def _forget(self) -> None:
-        self.identity_file.unlink(missing_ok=True)
-        for folder in (self.partial, self.side_folder):
-            if folder.is_dir():
-                shutil.rmtree(folder)
-
-    @contextmanager
-    def begun(self):
-        """Around the blocks: an error before the first is finished leaves nothing behind."""
-        try:
-            yield
-        except BaseException:
-            if self.lead and not self.finished:
-                self._forget()
-                locks.release(self.out)
-            raise
-
-    def _write_state(self) -> None:
-        paths.write_text(self.identity_file, json.dumps(self.state, indent=1))
+        return {"log": log[:good], "shards": marks[:good]}
 
     def shard(self, index: int) -> Path:
         """File of shard ``index``: 0 is what lies outside the blocks, 1 + i is block i."""
@@ -111,7 +76,7 @@ class Writer:
     @property
     def finished(self) -> int:
         """How many blocks, counted from the first, are on disk; 0 where rank 0 knows."""
-        return len(self.state["shards"]) if self.lead else 0
+        return len(self.run.progress["shards"]) if self.lead else 0
 
     def write_block(
         self,
@@ -127,22 +92,22 @@ class Writer:
         shard, part = self.shard(1 + index), self._side_part(index)
         part.unlink(missing_ok=True)
         if side:
-            self.side_folder.mkdir(exist_ok=True)
+            self.run.side.mkdir(exist_ok=True)
             save_tensors(part, side)
         save_tensors(shard, tensors)
         # Last, because this is what makes a block count as finished.
-        self.state["log"][index:] = [rows]
-        self.state["shards"][index:] = [[mark(shard), mark(part)]]
-        self._write_state()
+        done = self.run.progress
+        marks = [mark(shard), mark(part)]
+        self.run.note(log=[*done["log"][:index], rows], shards=[*done["shards"][:index], marks])
 
     def _side_part(self, index: int) -> Path:
-        return self.side_folder / f"{index + 1:05d}.safetensors"
+        return self.run.side / f"{index + 1:05d}.safetensors"
 
     def read_block(self, index: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
         """Physical tensors and log rows of a finished block."""
         with safe_open(self.shard(1 + index), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, read_state(self.identity_file)["log"][index]
+        return tensors, read_state(self.run.file)["progress"]["log"][index]
 
     def finish(
         self,
@@ -150,7 +115,7 @@ class Writer:
         config: dict,
         texts: dict[str, str],
         side: tuple[str, dict[str, str]] | None = None,
-    ) -> Path:
+    ) -> None:
         """Write the rest and rename the folder to its final name.
 
         Args:
@@ -176,12 +141,7 @@ class Writer:
             parts = (self._side_part(index) for index in range(self.blocks))
             tensors = {n: t for part in parts if part.is_file() for n, t in load_file(part).items()}
             save_tensors(self.partial / name, tensors, note)
-        replaced = put_in_place(self.partial, self.out, self.overwrite)
-        self.identity_file.unlink(missing_ok=True)
-        shutil.rmtree(self.side_folder, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-        locks.release(self.out)
-        return self.out
+        self.run.publish()
 
 
 def config_for(folder: Path, dtype: torch.dtype, quantization: dict | None, conv1d: bool) -> dict:

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from harness import distributed, locks, paths, precision
-from harness.checkpoint import card, recipe
+from harness import distributed, paths, precision
+from harness.checkpoint import card, recipe, runs
 from harness.commands import report
 from harness.commands.eval_settings import EvalSettings
 from harness.commands.eval_steps import (
@@ -42,7 +42,7 @@ def evaluate(settings: EvalSettings) -> int:
     path = results_path(settings.out, settings.model, subject.folder, name, settings.load)
     paths.check_place(path)
     if not settings.dry_run:
-        locks.hold(path)
+        runs.RunFolder(path, kind=None).hold()
     results = open_results(path, name, subject.folder, settings.overwrite)
     steps = plan(subject)
     if settings.dry_run:

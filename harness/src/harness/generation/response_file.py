@@ -1,21 +1,18 @@
 """A file of responses: written by any number of ranks, and whole after a kill.
 
-While a run is under way ``OUT.partial/`` holds what each rank has, a line a response, and
-``OUT.partial.json`` says what run it is. At the end the responses are written in the order of the
-prompts, beside and renamed.
+While the run (runs.RunFolder) is under way its folder holds what each rank has, a line a response.
+At the end they are written in the order of the prompts, beside and renamed.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from harness import distributed, locks, paths
+from harness import distributed, paths
 from harness.checkpoint import runs
 from harness.errors import UserError
 from harness.generation import responses
@@ -28,17 +25,6 @@ class Said(NamedTuple):
     text: str
     tokens: int
     ended: bool
-
-
-def claim(out: Path, overwrite: bool, dry_run: bool = False) -> None:
-    """Check and hold the file ``out``, before any work and on every rank; a dry run holds nothing.
-
-    Raises:
-        UserError: ``out`` may not be made, or another process is making it.
-    """
-    paths.check_new(out, overwrite or dry_run)
-    if not dry_run:
-        distributed.lead(lambda: locks.hold(out))
 
 
 def identity(source: Path, settings: dict, texts: list[str]) -> dict:
@@ -60,6 +46,7 @@ def write(
     run: dict,
     seed: int,
     resume: bool,
+    overwrite: bool = False,
 ) -> list[Said]:
     """Ask for a response to every prompt and write them to ``out``, on every rank.
 
@@ -74,17 +61,17 @@ def write(
         All responses, in the order of the prompts.
 
     Raises:
+        Finished: ``out`` is the result of this run.
         UserError: ``out`` was begun by another run, or the GPU's memory does not suffice.
     """
-    partial = out.with_name(out.name + ".partial")
-    file = out.with_name(out.name + ".partial.json")
-    done = distributed.lead(lambda: _open(out, partial, file, run, resume))
+    folder = runs.RunFolder(out, kind=None)
+    done = distributed.lead(lambda: _open(folder, run, overwrite, resume))
     if done:
         distributed.say(f"resuming: {len(done)} responses are there")
     rest = [group for group in groups if not done.issuperset(group)]
     if rest:
-        mine = partial / f"rank-{distributed.rank()}.jsonl"
-        with _nothing_left(out, partial, file), mine.open("w") as lines:
+        mine = folder.partial / f"rank-{distributed.rank()}.jsonl"
+        with folder.nothing_left(), mine.open("w") as lines:
             ask = start()
             try:
                 for group, said in responses.respond(ask, prompts, seed, rest, "responses"):
@@ -99,24 +86,7 @@ def write(
                     "command with a smaller --batch-size goes on from here."
                 ) from error
         distributed.sum_number(0.0)  # every rank has written
-    return distributed.lead(lambda: _finish(partial, file, len(prompts), row, out))
-
-
-@contextmanager
-def _nothing_left(out: Path, partial: Path, file: Path):
-    """An error before the first response leaves nothing to go on from."""
-    try:
-        yield
-    except BaseException:
-        if distributed.rank() == 0 and not _rows(partial):
-            _forget(partial, file)
-            locks.release(out)
-        raise
-
-
-def _forget(partial: Path, file: Path) -> None:
-    file.unlink(missing_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
+    return distributed.lead(lambda: _finish(folder, len(prompts), row))
 
 
 def continuations(tokenizer, prompts: list[list[int]], said: list[list[int]]) -> list[str]:
@@ -145,27 +115,20 @@ def _rows(partial: Path) -> dict[int, Said]:
     return found
 
 
-def _open(out: Path, partial: Path, file: Path, run: dict, resume: bool) -> set[int]:
-    """Make or take up the folder; which responses are there."""
-    locks.hold(out)
-    rows = _rows(partial) if resume and file.is_file() else {}
-    if rows:
-        runs.refuse_other_run(partial, runs.read_state(file), run)
+def _open(folder: runs.RunFolder, run: dict, overwrite: bool, resume: bool) -> set[int]:
+    """Begin or take up the run; which responses are there."""
+    folder.open(run, "*.jsonl", overwrite=overwrite, resume=resume)
+    rows = _rows(folder.partial)
     # One file of what all ranks had: the next run may have other ranks.
-    kept = partial / "kept.jsonl"
-    partial.mkdir(parents=True, exist_ok=True)
+    kept = folder.partial / "kept.jsonl"
     paths.write_text(kept, "".join(json.dumps([i, *said]) + "\n" for i, said in rows.items()))
-    for path in partial.glob("rank-*.jsonl"):
+    for path in folder.partial.glob("rank-*.jsonl"):
         path.unlink()
-    paths.write_text(file, json.dumps(run, indent=1))
     return set(rows)
 
 
-def _finish(partial: Path, file: Path, count: int, row, out: Path) -> list[Said]:
-    found = _rows(partial)
+def _finish(folder: runs.RunFolder, count: int, row) -> list[Said]:
+    found = _rows(folder.partial)
     said = [found[index] for index in range(count)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    paths.write_text(out, "".join(json.dumps(row(i, s)) + "\n" for i, s in enumerate(said)))
-    _forget(partial, file)
-    locks.release(out)
+    folder.publish_text("".join(json.dumps(row(i, s)) + "\n" for i, s in enumerate(said)))
     return said

@@ -1,36 +1,27 @@
-"""Make a teacher's cache (teacher_cache.py): shard after shard, shared among ranks, resumable.
-
-``OUT.partial/`` holds finished shards, ``OUT.partial.json`` says of what run; at the end the folder
-is renamed to ``OUT``.
-"""
+"""Make a teacher's cache (teacher_cache.py): shard after shard, shared among ranks, resumable."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from harness import distributed, locks, paths
-from harness.checkpoint import card, hashes, runs
+from harness import distributed, paths
+from harness.checkpoint import card, hashes, runs, weight_files
 from harness.data import example_sets
 from harness.errors import UserError
 from harness.progress import track
 from harness.training import batching, teacher_cache
 from harness.training.validation import inputs_of
 
+KIND = runs.Kind("a teacher's cache", teacher_cache.NOTE, teacher_cache.NOTE)
+
 
 def check(out: Path, overwrite: bool, batch: int, dry_run: bool = False) -> None:
     """Raise :class:`UserError` unless ``out`` may be made, ``batch`` examples at a time; hold
     it, unless this is a dry run."""
-    paths.check_place(out)
-    if not dry_run:
-        distributed.lead(lambda: locks.hold(out))
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
-    if out.exists() and not (out / teacher_cache.NOTE).is_file():
-        raise UserError(f"{out} is not a teacher's cache; --overwrite will not delete it.")
+    runs.RunFolder(out, KIND).claim(overwrite, dry_run)
     if batch < 1:
         raise UserError(f"--batch-size {batch}: at least 1.")
 
@@ -48,6 +39,7 @@ def cache(
     vocabulary: int,
     batch: int,
     pad: int,
+    overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
 ) -> dict | None:
@@ -64,6 +56,7 @@ def cache(
         What is in cache.json; None after a dry run.
 
     Raises:
+        Finished: ``out`` is this very cache.
         UserError: top_k is out of range, another run has begun there, the disk is full, logits are
             NaN or infinite.
     """
@@ -84,29 +77,23 @@ def cache(
     }  # fmt: skip
     identity = {key: value for key, value in note.items() if key not in ("teacher", "command")}
     identity["settings"] = settings
-    partial = out.with_name(out.name + ".partial")
-    file = out.with_name(out.name + ".partial.json")
-    distributed.lead(lambda: _open(out, partial, file, identity, resume))
+    run = runs.RunFolder(out, KIND)
+    partial = run.partial
+    distributed.lead(lambda: _open(run, identity, overwrite, resume))
     shards = list(enumerate(teacher_cache.shard_ranges(edges)))
     rest = [s for s in shards if not (partial / teacher_cache.shard_name(s[0])).is_file()]
     if len(rest) < len(shards):
         distributed.say(f"resuming: {len(shards) - len(rest)} of {len(shards)} shards are there")
     mine = rest[distributed.rank() :: distributed.world_size()]
     distributed.sum_number(0.0)  # every rank has looked, before one writes
-    try:
-        if mine:
-            model = load()
-            for number, chosen in track(mine, "shards") if distributed.rank() == 0 else mine:
-                some = [examples[index] for index in chosen]
-                tensors = probabilities(model, some, top_k, vocabulary, batch, pad)
-                paths.save_tensors(partial / teacher_cache.shard_name(number), tensors)
-    except BaseException:
-        if distributed.rank() == 0 and not any(partial.iterdir()):  # nothing to go on from
-            partial.rmdir()
-            file.unlink()
-        raise
+    with run.nothing_left():
+        model = load() if mine else None
+        for number, chosen in track(mine, "shards") if distributed.rank() == 0 else mine:
+            some = [examples[index] for index in chosen]
+            tensors = probabilities(model, some, top_k, vocabulary, batch, pad)
+            paths.save_tensors(partial / teacher_cache.shard_name(number), tensors)
     distributed.sum_number(0.0)  # every rank has written
-    return distributed.lead(lambda: _finish(partial, file, out, note))
+    return distributed.lead(lambda: _finish(run, note))
 
 
 def summary(note: dict) -> str:
@@ -139,30 +126,28 @@ def probabilities(
     }
 
 
-def _open(out: Path, partial: Path, file: Path, identity: dict, resume: bool) -> None:
-    locks.hold(out)
-    if resume and file.is_file() and any(partial.glob("shard-*")):
-        runs.refuse_other_run(partial, runs.read_state(file), identity)
-    else:
-        shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
-    for path in partial.glob("*.tmp"):
-        path.unlink()
-    for path in partial.glob("shard-*"):
-        if not runs.is_whole(path):
-            path.unlink()
-    paths.write_text(file, json.dumps(identity, indent=1))
+def _open(run: runs.RunFolder, identity: dict, overwrite: bool, resume: bool) -> None:
+    run.open(identity, "shard-*", overwrite=overwrite, resume=resume)
+    for path in [*run.partial.glob("*.tmp"), *run.partial.glob("shard-*")]:
+        if not _is_whole(path):
+            path.unlink(missing_ok=True)
 
 
-def _finish(partial: Path, file: Path, out: Path, note: dict) -> dict:
+def _is_whole(shard: Path) -> bool:
+    """Whether a file is there with all of its bytes: a loss of power can leave a name without."""
+    try:
+        return shard.suffix != ".tmp" and bool(weight_files.header(shard))
+    except UserError:
+        return False
+
+
+def _finish(run: runs.RunFolder, note: dict) -> dict:
     total = 0.0
-    for path in partial.glob("shard-*"):
+    for path in run.partial.glob("shard-*"):
         with safe_open(path, framework="pt") as shard:
             total += shard.get_tensor("log_tail").double().exp().sum().item()
     note["mean_tail"] = total / note["labels"]
-    paths.write_text(partial / teacher_cache.NOTE, json.dumps(note, indent=1) + "\n")
-    replaced = paths.swap(partial, out)
-    file.unlink()
-    shutil.rmtree(replaced, ignore_errors=True)
-    locks.release(out)
+    text = json.dumps(note | run.made_by, indent=1) + "\n"
+    paths.write_text(run.partial / teacher_cache.NOTE, text)
+    run.publish()
     return note

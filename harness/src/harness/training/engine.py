@@ -156,8 +156,8 @@ def group():
     `distributed.group`, but the process group stays until the process ends: DeepSpeed keeps hold of
     it, and a second command in the process trains on it too."""
     atexit.register(distributed.leave)
-    yield
-    distributed.gather()
+    with distributed.together():
+        yield
 
 
 def on_lead(run: Callable, settings):

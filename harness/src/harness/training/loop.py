@@ -4,14 +4,13 @@ checkpoint out, and a run killed at any moment goes on as if nothing had been.
 What is written has the dtype of the checkpoint that it was made from, whatever is trained in, and
 the looks are at weights that are rounded to it.
 
-Files of a run: ``OUT.partial.json`` says what run it is; ``OUT.partial/`` holds the last state, the
-best weights so far and TensorBoard's events; at the end ``OUT`` is put together there and renamed.
+In a run's folder (runs.RunFolder) are the last state, the best weights so far and TensorBoard's
+events; at the end ``OUT`` is put together there and renamed.
 Nothing random is kept: data order and dropout follow from the seed and the number of the step.
 """
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness import distributed, paths, precision
-from harness.checkpoint import load, runs, save
+from harness.checkpoint import hashes, load, runs, save
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 from harness.quant import masks
@@ -122,12 +121,8 @@ def train(
         run.save(running, progress)
 
     if not progress.rows:
-        try:
+        with run.folder.nothing_left():
             look()
-        except Diverged:
-            # No state was saved from which the same command could go on.
-            distributed.lead(run.forget)
-            raise
     running.train(mode)
     meter = Meter(step_entry["method"], training.steps, progress.step, progress.tokens)
     log = run.events(progress.step)
@@ -167,7 +162,7 @@ def train(
         run.keep_best(running, trained, progress.step)
         progress.best_step = progress.step
     finish = finish or (lambda tensors: put_in(source_model(source), tensors))
-    distributed.lead(lambda: run.write(progress, finish, source, step_entry, overwrite))
+    distributed.lead(lambda: run.write(progress, finish, source, step_entry))
     return {
         "rows": progress.rows, "best": progress.best, "best_step": progress.best_step,
         "steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds,
@@ -211,28 +206,19 @@ class _Run:
     """The files of one run. Rank 0 writes names; the engine's states are written by all."""
 
     def __init__(self, out: Path, identity: dict, overwrite: bool, resume: bool):
-        self.out = out
-        self.partial = out.with_name(out.name + ".partial")
-        self.file = out.with_name(out.name + ".partial.json")
+        self.out, self.folder = out, runs.RunFolder(out)
+        self.partial = self.folder.partial
         self.states = self.partial / "states"
         self.saved_best: int | None = None  # of which step, by the last state
         ranks = identity | {"processes": distributed.world_size()}
         distributed.lead(lambda: self._open(ranks, overwrite, resume))
 
     def _open(self, identity: dict, overwrite: bool, resume: bool) -> None:
-        runs.begin(self.out, overwrite)
-        if resume and self.file.is_file() and (self.states / "state.json").is_file():
-            runs.refuse_other_run(self.partial, runs.read_state(self.file), identity)
-            return
-        self.forget()
-        self.states.mkdir(parents=True)
-        for folder in (self.partial, self.states):
-            engine.keep_to_user(folder)
-        paths.write_text(self.file, json.dumps(identity, indent=1))
-
-    def forget(self) -> None:
-        self.file.unlink(missing_ok=True)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        how = {"overwrite": overwrite, "resume": resume}
+        if not self.folder.open(identity, "states/state.json", **how):
+            self.states.mkdir()
+            for folder in (self.partial, self.states):
+                engine.keep_to_user(folder)
 
     def load(self, running) -> Progress:
         state = engine.load_state(running, self.states)
@@ -241,13 +227,13 @@ class _Run:
         distributed.say(f"resuming: {state['progress']['step']} steps are done")
         progress = Progress(**state["progress"])
         best = self._best(progress.best_step)
-        if progress.best_step is not None and runs.mark(best) != state.get("best"):
+        if progress.best_step is not None and hashes.mark(best) != state.get("best"):
             raise UserError(f"{best} is damaged; start again with --no-resume.")
         self.saved_best = progress.best_step
         return progress
 
     def save(self, running, progress: Progress) -> None:
-        state = {"progress": asdict(progress), "best": runs.mark(self._best(progress.best_step))}
+        state = {"progress": asdict(progress), "best": hashes.mark(self._best(progress.best_step))}
         engine.save_state(running, self.states, state)
         self.saved_best = progress.best_step
         distributed.lead(self._forget_worse)
@@ -305,7 +291,7 @@ class _Run:
         paths.write_text(path.with_suffix(".json"), text)
         distributed.say(f"the batch is saved as {path}")
 
-    def write(self, progress: Progress, finish, source: Path, step: dict, overwrite: bool) -> None:
+    def write(self, progress: Progress, finish, source: Path, step: dict) -> None:
         tensors = load_file(self._best(progress.best_step))
         made = finish(tensors)
         model, side = made if isinstance(made, tuple) else (made, None)
@@ -317,9 +303,7 @@ class _Run:
             step=step,
             log={"looks": progress.rows, "written": {"step": progress.best_step}},
             sizes={} if progress.best is None else {"best validation value": progress.best},
-            overwrite=overwrite,
-            staging=self.partial / "result",
+            run=self.folder,
             beside=[self.partial / "tensorboard"],
             side=side,
         )
-        self.forget()

@@ -5,6 +5,7 @@ model gives it. Projections that make queries and keys keep their full range, as
 code: their errors meet in a product, and the output of the linear alone tells too little of it.
 """
 
+import filecmp
 import re
 import shutil
 from functools import partial
@@ -20,7 +21,7 @@ from harness.blocks.plan import OF_WEIGHTS, paused_bytes
 from harness.blocks.sequential import Method, Update, per_stage
 from harness.checkpoint import formats, load
 from harness.checkpoint.load import window_length
-from harness.errors import UserError
+from harness.errors import Finished, UserError
 from harness.quant.clip_search import clamp, full_range, output_energy, search, work
 from harness.quant.grid import Grid, nearest
 from harness.quant.hessian import GroupMoments
@@ -50,9 +51,9 @@ def run(settings, command: str) -> list[dict]:
     s = settings
     grid = make_grid(s.w_bit, s.q_group_size, s.quant_type)
     layout, text = _layout(s.format, s.quant_type), s.text
-    dump_clip = _check_dump(s.dump_clip, s.overwrite)
-    result.check_dense(load.resolve(s.model))
     job = Job.of(settings, command)
+    dump_clip = _check_dump(s.dump_clip, Path(job.out), s.overwrite)
+    result.check_dense(load.resolve(s.model))
     decoder = open_decoder(job, trains=True)
     claim(job, decoder, grid, layout)
     seqlen = s.seqlen
@@ -75,9 +76,12 @@ def run(settings, command: str) -> list[dict]:
         groups = columns // grid.columns_per_group(columns)
         return 2 * rows * groups * decoder.stored_dtype.itemsize
 
-    rows = run_job(job, decoder, method, drawn, cost=partial(_cost, grid), side=side)
-    if dump_clip and not s.dry_run:
-        distributed.lead(lambda: _copy(Path(s.out) / clip_file.FILE, dump_clip))
+    try:
+        rows = run_job(job, decoder, method, drawn, cost=partial(_cost, grid), side=side)
+    except Finished:
+        _dump(job, dump_clip)  # the run that finished may have been killed before it
+        raise
+    _dump(job, dump_clip)
     return rows
 
 
@@ -118,16 +122,23 @@ def _layout(format: str | None, quant_type: str) -> str:
     return format or ("dense" if levels else formats.FORMATS[0])
 
 
-def _check_dump(path: str | Path | None, overwrite: bool) -> Path | None:
+def _check_dump(path: str | Path | None, out: Path, overwrite: bool) -> Path | None:
     if path is None:
         return None
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"--dump_clip {path}: expected a name that ends in .safetensors.")
-    if path.exists() and not overwrite:
+    ours = out / clip_file.FILE  # of a run that is finished already
+    same = ours.is_file() and path.is_file() and filecmp.cmp(ours, path, shallow=False)
+    if path.exists() and not (overwrite or same):
         raise UserError(f"{path} exists; choose another --dump_clip, or replace it: --overwrite.")
     paths.check_place(path, "--dump_clip")
     return path
+
+
+def _dump(job: Job, target: Path | None) -> None:
+    if target and not job.dry_run:
+        distributed.lead(lambda: _copy(Path(job.out) / clip_file.FILE, target))
 
 
 def _copy(source: Path, target: Path) -> None:

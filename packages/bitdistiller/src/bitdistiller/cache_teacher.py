@@ -70,9 +70,7 @@ def run(settings: Settings) -> dict | None:
     settings = settings.completed()
     device = distributed.start(load.pick_device(settings.device))
     source, out = load.resolve(settings.model), Path(settings.out)
-    cache_writer.check(
-        out, settings.overwrite or settings.dry_run, settings.batch_size, settings.dry_run
-    )
+    cache_writer.check(out, settings.overwrite, settings.batch_size, settings.dry_run)
     config = load.load_config(source)
     tokenizer = load.load_tokenizer(source)
     longest = train_examples.length(settings.model_max_length, config)
@@ -84,7 +82,8 @@ def run(settings: Settings) -> dict | None:
         examples, out, teacher=settings.model, source=source, data=settings.data,
         settings={"dtype": precision.name(dtype)}, top_k=settings.topk,
         vocabulary=config.get_text_config().vocab_size, batch=settings.batch_size,
-        pad=batching.pad_id(tokenizer), resume=settings.resume, dry_run=settings.dry_run,
+        pad=batching.pad_id(tokenizer), overwrite=settings.overwrite, resume=settings.resume,
+        dry_run=settings.dry_run,
     )  # fmt: skip
 
 

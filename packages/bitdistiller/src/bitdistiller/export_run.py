@@ -8,8 +8,9 @@ from bitdistiller import result
 from harness import locks, paths, precision
 from harness.blocks.decoder import Decoder
 from harness.blocks.job import Job, claim, run_job
-from harness.blocks.sequential import LOG, Method, Update, per_stage
+from harness.blocks.sequential import Method, Update, per_stage
 from harness.checkpoint import readers, recipe
+from harness.checkpoint.runs import LOG
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 

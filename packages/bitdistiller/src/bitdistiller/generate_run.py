@@ -10,7 +10,7 @@ from pathlib import Path
 from bitdistiller import prompts as sets
 from bitdistiller import response_table
 from harness import distributed
-from harness.checkpoint import load
+from harness.checkpoint import load, runs
 from harness.checkpoint.load import context_length
 from harness.data import example_sets
 from harness.errors import UserError
@@ -57,7 +57,7 @@ def run(settings) -> str | None:
         if settings.out
         else Path(settings.out_path or "") / _name(settings, names, counts)
     )
-    response_file.claim(out, settings.overwrite, settings.dry_run)
+    runs.RunFolder(out, kind=None).claim(settings.overwrite, settings.dry_run)
     distributed.say(f"engine: {settings.engine}, at most {new} new tokens")
     tokenizer = load.load_tokenizer(source)
     asked = []  # (set, text, token ids)
@@ -82,7 +82,7 @@ def run(settings) -> str | None:
             "prompt": texts[i], "response": said.text, "dataset": labels[i], "ended": said.ended
         },
         run=response_file.identity(source, recorded, texts), seed=settings.seed,
-        resume=settings.resume,
+        resume=settings.resume, overwrite=settings.overwrite,
     )  # fmt: skip
     rows = [
         (text, one.text, label, one.ended)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitdistiller import prompts, response_table
-from harness import cli, locks, paths
+from harness import cli
+from harness.checkpoint import hashes, runs
 from harness.data import files
 from harness.errors import UserError
 
@@ -77,8 +78,9 @@ def mix(
             .jsonl.
     """
     out = Path(out)
-    paths.check_new(out, overwrite)
-    locks.hold(out)
+    run = runs.RunFolder(out, kind=None)
+    run.hold()
+    run.check(overwrite)
     if max_sample is not None and max_sample < 1:
         raise UserError(f"--max_sample {max_sample}: at least 1.")
     found = [row for name in data for row in read(Path(name))]
@@ -100,9 +102,8 @@ def mix(
     kept = kept[:max_sample]
     fields = ({k: v for k, v in row._asdict().items() if v is not None} for row in kept)
     text = "".join(json.dumps(row) + "\n" for row in fields)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    paths.write_text(out, text)
-    locks.release(out)
+    run.compare({"mix": hashes.text_hash(text)}, overwrite=overwrite)
+    run.publish_text(text)
     table = response_table.table(seen, "characters")
     return f"{table}\n{len(kept)} of {len(found)} rows written to {out}"
 

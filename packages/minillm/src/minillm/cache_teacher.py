@@ -83,8 +83,7 @@ def run(settings: Settings) -> dict | None:
     settings = settings.completed()
     device = distributed.start(load.pick_device(settings.device))
     source, out = load.resolve(settings.model), Path(settings.out)
-    overwrite = settings.overwrite or settings.dry_run
-    cache_writer.check(out, overwrite, settings.batch_size, settings.dry_run)
+    cache_writer.check(out, settings.overwrite, settings.batch_size, settings.dry_run)
     configs = [load.load_config(source)]
     tokenizer = load.load_tokenizer(settings.student or source)
     vocabulary = configs[0].get_text_config().vocab_size
@@ -105,7 +104,8 @@ def run(settings: Settings) -> dict | None:
         examples, out, teacher=settings.model, source=source, data=settings.data,
         settings={"dtype": precision.name(dtype), "teacher_peft_path": adapter},
         top_k=settings.topk, vocabulary=vocabulary, batch=settings.batch_size,
-        pad=batching.pad_id(tokenizer), resume=settings.resume, dry_run=settings.dry_run,
+        pad=batching.pad_id(tokenizer), overwrite=settings.overwrite, resume=settings.resume,
+        dry_run=settings.dry_run,
     )  # fmt: skip
 
 

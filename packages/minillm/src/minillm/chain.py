@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checkpoint import load, recipe
+from harness.checkpoint import load, recipe, runs
 from harness.commands import report
 from harness.errors import UserError
 from minillm import presets
@@ -118,6 +118,7 @@ def run(settings) -> list[dict] | None:
         made = None if settings.overwrite else _made_by(step)
         if made == str(step):
             _say(f"[{number}/{len(chain)}] {step.name}: made before, kept")
+            _sweep(step)
             continue
         if made:
             raise UserError(
@@ -138,10 +139,18 @@ def _made_by(step: Step) -> str | None:
 
 
 def _forget(step: Step) -> None:
-    for path in (step.result, step.result.with_name(step.result.name + ".partial")):
-        shutil.rmtree(path, ignore_errors=True)
+    runs.RunFolder(step.result).forget()
+    shutil.rmtree(step.result, ignore_errors=True)
     if step.result.is_file():
         step.result.unlink()
+
+
+def _sweep(step: Step) -> None:
+    if _rank() == 0:
+        run = runs.RunFolder(step.result)
+        run.hold()
+        run.sweep()
+        run.release()
 
 
 def _module(step: Step):

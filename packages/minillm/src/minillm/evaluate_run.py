@@ -12,8 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 import harness.commands.evaluate
-from harness import distributed, locks, paths, precision
-from harness.checkpoint import card, load
+from harness import distributed, paths, precision
+from harness.checkpoint import card, load, runs
 from harness.checkpoint.weights import Weights
 from harness.commands import report
 from harness.generation import responses
@@ -52,7 +52,7 @@ def run(settings) -> tuple[dict, Path] | None:
     path = harness.commands.evaluate.results_path(settings.out, settings.model, source, named)
     paths.check_place(path)
     if not settings.dry_run:
-        distributed.lead(lambda: locks.hold(path))
+        distributed.lead(runs.RunFolder(path, kind=None).hold)
     results = distributed.lead(
         lambda: harness.commands.evaluate.open_results(path, named, source, settings.overwrite)
     )

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint import load
+from harness.checkpoint import load, runs
 from harness.checkpoint.load import context_length
 from harness.data import example_sets
 from harness.errors import UserError
@@ -30,7 +30,7 @@ def run(settings) -> dict[str, int] | None:
     settings = settings.completed()
     device = distributed.start(load.pick_device(settings.device))
     source, out = load.resolve(settings.model), Path(settings.out)
-    response_file.claim(out, settings.overwrite, settings.dry_run)
+    runs.RunFolder(out, kind=None).claim(settings.overwrite, settings.dry_run)
     settings, sampling = resolved(settings, source, device)
     tokenizer = load.load_tokenizer(source)
     pairs = example_sets.pairs(settings.data, "train", tokenizer=tokenizer)[: settings.gen_num]
@@ -51,7 +51,7 @@ def run(settings) -> dict[str, int] | None:
         tokenizer, prompts, groups, sampling.new_tokens,
         lambda index, answer: {"prompt": texts[index], "response": answer.text},
         run=response_file.identity(source, record(settings, FREE), texts), seed=settings.seed,
-        resume=settings.resume,
+        resume=settings.resume, overwrite=settings.overwrite,
     )  # fmt: skip
     return {
         "responses": len(written),

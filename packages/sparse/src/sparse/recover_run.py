@@ -181,7 +181,7 @@ def recover(
     try:
         progress = train(student, parameters, masks, data, loss, look, plan, compute, store)
     except Diverged:
-        distributed.lead(store.forget)  # the same command would end here again
+        distributed.lead(store.run.forget)  # the same command would end here again
         raise
     store.load_best(progress.best_step, parameters)
     if progress.best_step == 0:
@@ -195,14 +195,14 @@ def recover(
         "method": "recover", "base": model, "command": command, "settings": settings,
         "training": training, "dtype": precision.record(compute, stored),
     }  # fmt: skip
-    distributed.lead(lambda: _write(student, folder, step, progress, after, store, overwrite))
+    distributed.lead(lambda: _write(student, folder, step, progress, after, store))
     return Result(
         progress.rows[0]["validation_loss"], after, teacher_loss, progress.best_step,
         progress.step, progress.tokens, progress.seconds, progress.rows,
     )  # fmt: skip
 
 
-def _write(student, folder, step: dict, progress, after: float, store, overwrite: bool) -> None:
+def _write(student, folder, step: dict, progress, after: float, store) -> None:
     before = progress.rows[0]["validation_loss"]
     save_model(
         student,
@@ -215,10 +215,8 @@ def _write(student, folder, step: dict, progress, after: float, store, overwrite
             "validation perplexity before": math.exp(min(before, 700)),
             "validation perplexity after": math.exp(min(after, 700)),
         },
-        overwrite=overwrite,
-        staging=store.partial / "result",
+        run=store.run,
     )
-    store.forget()
 
 
 def _zeros(student, model: str, tune: str, densify: bool) -> dict:

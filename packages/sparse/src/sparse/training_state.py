@@ -1,12 +1,9 @@
 """What an interrupted recovery goes on from.
 
-``OUT.partial/`` holds the state (trained weights and Adam's moments) of one step and the best
-weights so far; ``OUT.partial.json`` says what run they belong to and which files count. That file
-is replaced last, so a kill at any moment leaves a state that is whole.
+The state (trained weights and Adam's moments) of one step and the best weights so far. The run
+(runs.RunFolder) notes last which files count, so a kill at any moment leaves a state that is whole.
 """
 
-import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +12,10 @@ from safetensors import safe_open
 from torch import nn
 
 from harness import distributed, paths
-from harness.checkpoint import runs
+from harness.checkpoint import hashes, runs
 from harness.errors import UserError
 from sparse.training import Progress
 
-NOTED = ("state", "progress", "marks")  # in OUT.partial.json, beside what run it is
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -31,32 +27,17 @@ class Store:
     """
 
     def __init__(self, out: Path, identity: dict, *, overwrite: bool, resume: bool):
-        self.out, self.identity = out, identity
-        self.partial = out.with_name(out.name + ".partial")
-        self.file = out.with_name(out.name + ".partial.json")
-        self.begun = distributed.lead(lambda: self._open(overwrite, resume))
+        self.out, self.run = out, runs.RunFolder(out)
+        self.partial = self.run.partial
+        self.begun = distributed.lead(lambda: self._open(identity, overwrite, resume))
 
-    def _open(self, overwrite: bool, resume: bool) -> dict | None:
-        """The record of the run that is to be gone on with, or None."""
-        runs.begin(self.out, overwrite)
-        if resume and self.file.is_file():
-            record = runs.read_state(self.file)
-            begun = {part: v for part, v in record.items() if part not in NOTED}
-            runs.refuse_other_run(self.partial, begun, self.identity)
-            for name, marked in record["marks"].items():
-                if runs.mark(self.partial / name) != marked:
-                    raise UserError(
-                        f"{self.partial / name} is damaged; start again with --no-resume."
-                    )
-            return record
-        self.forget()
-        self.partial.mkdir(parents=True)
-        return None
-
-    def forget(self) -> None:
-        self.file.unlink(missing_ok=True)
-        if self.partial.is_dir():
-            shutil.rmtree(self.partial)
+    def _open(self, identity: dict, overwrite: bool, resume: bool) -> dict:
+        """The record of the run that is to be gone on with; {} where there is none."""
+        self.run.open(identity, "state-*", overwrite=overwrite, resume=resume)
+        for name, marked in self.run.progress.get("marks", {}).items():
+            if hashes.mark(self.partial / name) != marked:
+                raise UserError(f"{self.partial / name} is damaged; start again with --no-resume.")
+        return self.run.progress
 
     @staticmethod
     def _best(step: int) -> str:
@@ -92,11 +73,8 @@ class Store:
             state = f"state-{progress.step:07d}.safetensors"
             paths.save_tensors(self.partial / state, tensors)
             needed = {state, self._best(progress.best_step)}
-            marks = {name: runs.mark(self.partial / name) for name in sorted(needed)}
-            record = self.identity | {
-                "state": state, "progress": asdict(progress), "marks": marks
-            }  # fmt: skip
-            paths.write_text(self.file, json.dumps(record, indent=1))
+            marks = {name: hashes.mark(self.partial / name) for name in sorted(needed)}
+            self.run.note(state=state, progress=asdict(progress), marks=marks)
             for path in self.partial.iterdir():
                 if path.name not in needed and path.is_file():
                     path.unlink()

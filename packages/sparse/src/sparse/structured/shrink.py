@@ -8,9 +8,9 @@ import torch
 from harness import distributed, memory, paths
 from harness.blocks import plan
 from harness.blocks.decoder import Decoder
-from harness.blocks.sequential import LOG
 from harness.checkpoint import card, nonuniform, readers, side_files
 from harness.checkpoint.nonuniform import skeleton
+from harness.checkpoint.runs import LOG
 from harness.checkpoint.shards import Writer, config_for
 from harness.metrics.macs import macs_per_token
 from harness.progress import track
@@ -24,7 +24,7 @@ def write(decoder: Decoder, cut: Cut, out: Path, step: dict, identity: dict, res
     Args:
         step: for recipe.yaml and the card. result: of :func:`summary`.
         identity: what a resumed run must agree with.
-        how: overwrite and resume, see :class:`harness.checkpoint.shards.Writer`.
+        how: overwrite and resume, see :meth:`harness.checkpoint.runs.RunFolder.open`.
     """
     source = decoder.weights.folder
     shards = Writer(out, cut.layers, identity, **how)
@@ -51,7 +51,7 @@ def write(decoder: Decoder, cut: Cut, out: Path, step: dict, identity: dict, res
     texts = {
         "recipe.yaml": card.recipe(source, step),
         "README.md": card.model_card(step["base"], step, "dense", numbers, read_by),
-        LOG: json.dumps(step | log, indent=1) + "\n",
+        LOG: json.dumps(step | shards.run.made_by | log, indent=1) + "\n",
     }
     shards.finish(outer, result["config"], texts)
 
