@@ -17,30 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from harness.blocks import residual
 from harness.blocks.decoder import Decoder
-from harness.blocks.graph import Watch, offset_of, same
+from harness.blocks.residual import GAIN, ROWS, SHIFT, Hold
 from harness.errors import UserError
-from harness.modules import linears
 from harness.quant.orthogonal import orthogonal
 
 TOKENS = 16
 TOLERANCE = 1e-4  # of a block's output, in float32
-# How a parameter holds the stream: as columns, as rows, or as the gain or shift of a norm on it.
-COLUMNS, ROWS, GAIN, SHIFT = "columns", "rows", "gain", "shift"
-
-
-@dataclass(frozen=True)
-class Hold:
-    """How a parameter holds the stream. turned: it is stored [in, out]. norm: the module whose gain
-    goes into it. offset: that norm multiplies by offset + gain."""
-
-    how: str
-    turned: bool = False
-    norm: str | None = None
-    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,7 @@ class Rotation:
         value = tensor.double()
         if hold.how == GAIN:
             return torch.full_like(tensor, 1 - hold.offset)
-        if hold.how == SHIFT:
+        if hold.how == SHIFT and hold.norm:
             gain = hold.offset + read(f"{hold.norm}.weight").double()
             return (torch.where(value == 0, 0, value / gain) @ self.q).to(tensor.dtype)
         if hold.turned:
@@ -88,11 +73,13 @@ def find(folder: Path, *, seed: int = 0, random: bool = False) -> Rotation:
     width = decoder.embed(ids).shape[-1]
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(1, TOKENS, width, generator=generator)
-    holds, subtracts_mean = _outside(decoder, ids, hidden)
-    blocks = _one_of_each_shape(decoder)
+    holds = residual.of_model(decoder)
+    blocks = residual.one_of_each_shape(decoder)
     for index, alike in blocks.items():
-        inside, subtracts = _inside(decoder, index, width)
-        subtracts_mean |= subtracts
+        try:
+            inside = residual.of_block(decoder, index)
+        except UserError as error:
+            raise UserError(_refusal(decoder, str(error))) from error
         for other in alike:
             start = f"{decoder.prefix}.{other}."
             holds |= {
@@ -100,122 +87,16 @@ def find(folder: Path, *, seed: int = 0, random: bool = False) -> Rotation:
                 for name, hold in inside.items()
             }
     _check_gains(decoder, holds)
-    rotation = Rotation(orthogonal(width, subtracts_mean, generator, random), holds)
+    fixes_ones = any(hold.centred for hold in holds.values())
+    rotation = Rotation(orthogonal(width, fixes_ones, generator, random), holds)
     _prove(decoder, rotation, ids, hidden, blocks)
     return rotation
-
-
-def _one_of_each_shape(decoder: Decoder) -> dict[int, list[int]]:
-    """The first block of each shape -> all that are like it."""
-    alike: dict[tuple, list[int]] = {}
-    for index, block in enumerate(decoder.blocks):
-        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-        alike.setdefault((type(block), shapes), []).append(index)
-    return {members[0]: members for members in alike.values()}
-
-
-def _inside(decoder: Decoder, index: int, width: int) -> tuple[dict[str, Hold], bool]:
-    """Parameter name within block ``index`` -> Hold; and whether its norms subtract a mean."""
-    decoder.embed(torch.zeros(1, 1, dtype=torch.long))
-    block = decoder.load(index)
-    hidden = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(index))
-    watch = Watch({n: m for n, m in block.named_modules() if n}, width)
-    decoder.forward(index, hidden)
-    watch.close()
-    holds: dict[str, Hold] = {}
-    subtracts = False
-    of_linears = linears(block)
-    for name, module in of_linears.items():
-        turned = isinstance(module, Conv1D)
-        if name not in watch.read:
-            continue
-        norm = watch.fed_by(name)
-        if watch.read[name].shape[-1] == width and (norm or same(hidden, watch.read[name])):
-            holds |= _reader(name, turned, norm and watch.norms[norm], norm)
-            subtracts |= norm is not None and _subtracts_mean(watch.norms[norm], width)
-        elif _writes(decoder, index, hidden, of_linears, name):
-            holds[f"{name}.weight"] = Hold(ROWS, turned)
-            if module.bias is not None:
-                holds[f"{name}.bias"] = Hold(COLUMNS)
-    for name, parameter in block.named_parameters():
-        if parameter.ndim > 1 and name.removesuffix(".weight") not in of_linears:
-            raise UserError(_refusal(decoder, f"{name} belongs to no linear layer"))
-    decoder.release(index)
-    return holds, subtracts
-
-
-def _outside(decoder: Decoder, ids, hidden) -> tuple[dict[str, Hold], bool]:
-    """The same for what lies outside the blocks."""
-    start = f"{decoder.prefix}."
-    modules = {n: m for n, m in decoder.model.named_modules() if n and not n.startswith(start)}
-    width = hidden.shape[-1]
-    watch = Watch(modules, width)
-    decoder.embed(ids)
-    decoder.logits(ids, hidden)
-    watch.close()
-    holds: dict[str, Hold] = {}
-    subtracts = False
-    for name, module in modules.items():
-        turned = isinstance(module, Conv1D)
-        if isinstance(module, nn.Embedding) and module.weight.shape[1] == width:
-            holds[f"{name}.weight"] = Hold(COLUMNS)
-        elif name in watch.linears and name in watch.read:
-            norm = watch.fed_by(name)
-            if norm or same(hidden, watch.read[name]):
-                holds |= _reader(name, turned, norm and watch.norms[norm], norm)
-                subtracts |= norm is not None and _subtracts_mean(watch.norms[norm], width)
-            elif watch.written[name].shape[-1] == width:
-                holds[f"{name}.weight"] = Hold(ROWS, turned)
-                if module.bias is not None:
-                    holds[f"{name}.bias"] = Hold(COLUMNS)
-    return holds, subtracts
-
-
-def _reader(name: str, turned: bool, norm: nn.Module | None, norm_name: str | None) -> dict:
-    if norm is None:
-        return {f"{name}.weight": Hold(COLUMNS, turned)}
-    offset = offset_of(norm)
-    holds = {
-        f"{name}.weight": Hold(COLUMNS, turned, norm_name, offset),
-        f"{norm_name}.weight": Hold(GAIN, False, norm_name, offset),
-    }
-    if getattr(norm, "bias", None) is not None:
-        holds[f"{norm_name}.bias"] = Hold(SHIFT, False, norm_name, offset)
-    return holds
-
-
-def _writes(decoder: Decoder, index: int, hidden, of_linears, name: str) -> bool:
-    """Whether what linear ``name`` gives is added to the stream as it is: with all other linears at
-    zero, it is what the block adds."""
-    value = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
-
-    def in_place_of(other):
-        def hook(_, args, output):
-            if other != name:
-                return torch.zeros_like(output)
-            return value.reshape(output.shape) if output.numel() == value.numel() else None
-
-        return hook
-
-    hooks = [m.register_forward_hook(in_place_of(n)) for n, m in of_linears.items()]
-    try:
-        added = decoder.forward(index, hidden) - hidden
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.allclose(added, value, rtol=1e-4, atol=1e-4)
-
-
-def _subtracts_mean(norm: nn.Module, width: int) -> bool:
-    x = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0))
-    x = x.to(norm.weight)
-    return torch.allclose(norm(x + 1), norm(x), rtol=1e-3, atol=1e-3)
 
 
 def _check_gains(decoder: Decoder, holds: dict[str, Hold]) -> None:
     """A shift is carried through its norm divided by the gain."""
     for name, hold in holds.items():
-        if hold.how != SHIFT:
+        if hold.how != SHIFT or hold.norm is None:
             continue
         gain = hold.offset + decoder.stored(f"{hold.norm}.weight").double()
         if ((gain == 0) & (decoder.stored(name) != 0)).any():

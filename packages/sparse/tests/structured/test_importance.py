@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import families
 from harness.blocks.decoder import Decoder
+from harness.blocks.gradients import backward
 from harness.errors import UserError
 from sparse.structured import groups, selection
 from sparse.structured import levels as cuts
-from sparse.structured.gradients import backward
 from sparse.structured.importance import TAYLORS, group_scores, line_scores
 from sparse.structured.scores import score
 

@@ -18,7 +18,9 @@ from math import sqrt
 import torch
 from torch import nn
 
+from harness.blocks import residual
 from harness.blocks.decoder import Decoder
+from harness.blocks.residual import COLUMNS, GAIN, ROWS, SHIFT, Hold
 from harness.checkpoint import nonuniform
 from harness.errors import UserError
 from harness.modules import get_matrix
@@ -26,81 +28,64 @@ from sparse.structured.groups import TOKENS, TOLERANCE, Structure, embed_somethi
 
 NORMS = "its norms are no plain RMS norms"
 EPSILONS = ("variance_epsilon", "eps")
-# How a parameter holds the hidden channels: as rows, columns, or the entries of a norm.
-ROWS, COLUMNS, NORM = 0, 1, 2
 
 
-def of_block(decoder: Decoder, index: int, structure: Structure) -> dict[str, int]:
-    """Parameter name in block ``index`` -> how it holds the hidden channels.
+def outside(decoder: Decoder) -> dict[str, Hold]:
+    """:func:`harness.blocks.residual.of_model`.
 
     Raises:
-        UserError: the block has parameters of another kind (fused experts).
+        UserError: a parameter outside the blocks holds something else.
     """
-    block, found = decoder.blocks[index], {}
-    width = decoder.config.get_text_config().hidden_size
-    for name in structure.residual_readers:
-        found[f"{name}.weight"] = COLUMNS
-    for name in structure.residual_writers:
-        found[f"{name}.weight"] = ROWS
-        if block.get_submodule(name).bias is not None:
-            found[f"{name}.bias"] = ROWS
-    readers = {f"{name}.bias" for name in structure.residual_readers}
-    for name, parameter in block.named_parameters():
-        if name in found or name in readers:
-            continue
-        if parameter.ndim == 1 and len(parameter) == width:
-            found[name] = NORM
-        elif parameter.ndim > 1:
-            raise UserError(_refusal(decoder, f"{name} belongs to no linear layer"))
-    return found
-
-
-def of_model(decoder: Decoder) -> dict[str, int]:
-    """The same for what lies outside the blocks; tied parameters once."""
-    found = {}
-    width = decoder.config.get_text_config().hidden_size
-    for name, parameter in decoder.model.named_parameters():
+    holds, once = residual.of_model(decoder), {}
+    for name, parameter in decoder.model.named_parameters():  # tied ones are there once
         if name.startswith(f"{decoder.prefix}."):
             continue
-        if parameter.shape[-1] != width or parameter.ndim > 2:
+        if name not in holds:
             raise UserError(_refusal(decoder, f"{name} is {list(parameter.shape)}"))
-        found[name] = COLUMNS if parameter.ndim == 2 else NORM
-    return found
+        once[name] = holds[name]
+    return once
+
+
+def _axis(hold: Hold) -> int:
+    """The dimension of the parameter, as it is stored, along which it holds the channels."""
+    return int((hold.how == COLUMNS) != hold.turned)
 
 
 def cut(
-    tensors: dict[str, torch.Tensor], holds: dict[str, int], alive: torch.Tensor
+    tensors: dict[str, torch.Tensor], holds: dict[str, Hold], alive: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """``tensors`` without the dead channels; ``alive`` [D] bool. Names as in ``holds``."""
     tensors = dict(tensors)
     factor = sqrt(len(alive) / int(alive.sum()))
-    for name, how in holds.items():
+    for name, hold in holds.items():
         if name not in tensors:  # tied to another
             continue
         mask = alive.to(tensors[name].device)
-        if how == COLUMNS:
+        if _axis(hold) == 1:
             tensors[name] = tensors[name][:, mask]
         else:
             tensors[name] = tensors[name][mask]
-        if how == NORM:
+        if hold.how in (GAIN, SHIFT):
             tensors[name] = (tensors[name].float() * factor).to(tensors[name].dtype)
     return tensors
 
 
 @torch.no_grad()
-def zero(module: nn.Module, holds: dict[str, int], alive: torch.Tensor) -> None:
+def zero(module: nn.Module, holds: dict[str, Hold], alive: torch.Tensor) -> None:
     """Zero in place what writes the dead channels: to the model they are gone."""
-    for name, how in holds.items():
+    for name, hold in holds.items():
         parameter = module.get_parameter(name)
         mask = ~alive.to(parameter.device)
-        if how == ROWS:
+        if hold.how == ROWS and _axis(hold) == 0:
             parameter[mask] = 0
-        elif isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+        elif hold.how == ROWS or isinstance(
+            module.get_submodule(name.rpartition(".")[0]), nn.Embedding
+        ):
             parameter[:, mask] = 0
 
 
 @torch.no_grad()
-def check(decoder: Decoder, index: int, holds: dict[str, int], alive: torch.Tensor) -> None:
+def check(decoder: Decoder, index: int, holds: dict[str, Hold], alive: torch.Tensor) -> None:
     """Raise :class:`UserError` unless block ``index`` without the dead channels gives what it gives
     with them at zero; a float32 ``decoder``."""
     block = decoder.load(index)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harness import distributed, memory, paths
+from harness.blocks import residual
 from harness.blocks.decoder import Decoder
 from harness.checkpoint import nonuniform
 from harness.errors import UserError
@@ -31,7 +32,7 @@ class Cut:
     alive: dict[str, torch.Tensor] = field(default_factory=dict)
     multiples: dict[str, int] = field(default_factory=dict)
     chosen: dict[int, list[groups.Groups]] = field(default_factory=dict)
-    holds: dict[int | None, dict[str, int]] = field(default_factory=dict)
+    holds: dict[int | None, dict[str, residual.Hold]] = field(default_factory=dict)
     channels: list[int] = field(default_factory=list)
 
     def masks(self, index: int) -> list[tuple[groups.Groups, torch.Tensor]]:
@@ -123,8 +124,9 @@ def channel_wise(exact: Decoder, ratio: float, multiple: int) -> Cut:
     hidden_channels.check_untied(exact, structures[0], kept, raw)
     cut = Cut(len(exact), {HIDDEN: torch.ones(width, dtype=torch.bool)}, {HIDDEN: multiple})
     cut.channels = [_channels(s) for s in structures]
-    cut.holds = {i: hidden_channels.of_block(exact, i, s) for i, s in enumerate(structures)}
-    cut.holds[None] = hidden_channels.of_model(exact)
+    for index, alike in residual.one_of_each_shape(exact).items():
+        cut.holds |= dict.fromkeys(alike, residual.of_block(exact, index))
+    cut.holds[None] = hidden_channels.outside(exact)
     return cut
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from harness.blocks.decoder import Decoder
+from harness.blocks.gradients import backward
+from harness.blocks.residual import COLUMNS
 from harness.progress import track
 from sparse.structured import groups, hidden_channels
-from sparse.structured.gradients import backward
 from sparse.structured.importance import group_scores, line_scores, needs_squares
 from sparse.structured.levels import HIDDEN, Cut, part
 
@@ -28,9 +29,9 @@ def lines(cut: Cut, index: int | None) -> list[Line]:
     holds = cut.holds.get(index, {})
     if holds:
         members = torch.arange(len(cut.alive[HIDDEN]))[:, None]
-        for name, how in holds.items():
+        for name, hold in holds.items():
             if not name.endswith(".bias"):
-                found.append((name, 1 if how == hidden_channels.COLUMNS else 0, HIDDEN, members))
+                found.append((name, int(hold.how == COLUMNS), HIDDEN, members))
     return found
 
 
