@@ -30,6 +30,21 @@ NORMS = "its norms are no plain RMS norms"
 EPSILONS = ("variance_epsilon", "eps")
 
 
+def of_blocks(decoder: Decoder) -> dict[int, dict[str, Hold]]:
+    """:func:`harness.blocks.residual.of_block` of every block, looked for once per shape.
+
+    Raises:
+        UserError: as there.
+    """
+    holds = {}
+    try:
+        for index, alike in residual.one_of_each_shape(decoder).items():
+            holds |= dict.fromkeys(alike, residual.of_block(decoder, index))
+    except UserError as error:
+        raise UserError(_refusal(decoder, str(error))) from error
+    return holds
+
+
 def outside(decoder: Decoder) -> dict[str, Hold]:
     """:func:`harness.blocks.residual.of_model`.
 
