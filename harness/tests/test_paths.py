@@ -19,7 +19,7 @@ from harness.blocks import sequential
 from harness.blocks.decoder import Decoder
 from harness.checkpoint import load, runs, save, side_files
 from harness.errors import UserError
-from harness.training import engine
+from harness.training import states
 
 HOLD = """
 import sys, time
@@ -230,4 +230,4 @@ def test_states_are_read_from_ones_own_folder_only(tmp_path, mode, message):
     else:
         (folder / "step-1").symlink_to(tmp_path)
     with pytest.raises(UserError, match=f"{message}.*runs code when it is read"):
-        engine.load_state(None, folder)
+        states.load(None, folder)

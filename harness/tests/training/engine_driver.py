@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import families
 from harness import distributed
-from harness.training import engine
+from harness.training import engine, states
 
 
 def micro_batches(step):
@@ -31,8 +31,8 @@ def main(out, zero, accumulate, mode):
     model = families.build("llama", attention_dropout=0.0)
     training = engine.Training(1e-3, 8, 2, int(accumulate), warmup=2, zero=int(zero))
     running = engine.start(model, training)
-    states = Path(out).with_suffix(".states")
-    state = engine.load_state(running, states) if mode == "resume" else None
+    saved = Path(out).with_suffix(".states")
+    state = states.load(running, saved) if mode == "resume" else None
 
     def loss_of(batch):
         logits = running(input_ids=batch["ids"]).logits[:, :-1]
@@ -43,7 +43,7 @@ def main(out, zero, accumulate, mode):
     for step in range(state["step"] if state else 0, training.steps):
         rows.append(engine.train_step(running, training, step, micro_batches(step), loss_of))
         if step == 3 and mode == "straight":
-            engine.save_state(running, states, {"step": 4})
+            states.save(running, saved, {"step": 4})
         with engine.whole_weights(running.module) as whole:
             # As generation does: ranks end at different lengths.
             sums = [whole(input_ids=torch.arange(9)[None]).logits.sum().item()] * 2

@@ -24,7 +24,7 @@ from harness.checkpoint import hashes, load, runs, save
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 from harness.quant import masks
-from harness.training import engine
+from harness.training import engine, states
 from harness.training.engine import Diverged, Training
 from harness.training.meter import Meter
 
@@ -218,10 +218,10 @@ class _Run:
         if not self.folder.open(identity, "states/state.json", **how):
             self.states.mkdir()
             for folder in (self.partial, self.states):
-                engine.keep_to_user(folder)
+                states.keep_to_user(folder)
 
     def load(self, running) -> Progress:
-        state = engine.load_state(running, self.states)
+        state = states.load(running, self.states)
         if state is None:
             return Progress()
         distributed.say(f"resuming: {state['progress']['step']} steps are done")
@@ -234,7 +234,7 @@ class _Run:
 
     def save(self, running, progress: Progress) -> None:
         state = {"progress": asdict(progress), "best": hashes.mark(self._best(progress.best_step))}
-        engine.save_state(running, self.states, state)
+        states.save(running, self.states, state)
         self.saved_best = progress.best_step
         distributed.lead(self._forget_worse)
 
