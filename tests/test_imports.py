@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.checkpoint import layouts
+
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.name for path in (ROOT / "packages").iterdir() if (path / "src").is_dir())
 MATHEMATICS = [
@@ -78,17 +80,20 @@ def arrows(package: str) -> dict[str, set[str]]:
     }
 
 
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 or parts[1] == "cli" else "ground"
+
+
 def floor_of(module: str) -> int:
     """The row of a module's room, counted from the top."""
-    parts = module.split(".")
-    room = parts[1] if len(parts) > 2 or parts[1] == "cli" else "ground"
-    return next(row for row, rooms in enumerate(ROOMS) if room in rooms)
+    return next(row for row, rooms in enumerate(ROOMS) if room_of(module) in rooms)
 
 
 def test_rooms_import_downward():
     for name, targets in arrows("harness").items():
         for target in targets:
-            same = name.split(".")[:-1] == target.split(".")[:-1]
+            same = room_of(name) == room_of(target)
             assert same or floor_of(name) < floor_of(target), f"{name} imports {target}"
 
 
@@ -132,6 +137,23 @@ def test_what_a_run_leaves_is_named_in_one_place(package):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             spelled = isinstance(node, ast.Constant) and ".partial" in str(node.value)
             assert not spelled or name == "harness.checkpoint.runs", f"{path}: .partial"
+
+
+def test_layouts_are_compared_in_the_checkpoint_room_alone():
+    """Elsewhere a layout's module is asked what it holds and needs."""
+    for package in ("harness", *METHODS):
+        for name, path in modules(package).items():
+            if name.startswith("harness.checkpoint."):
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Compare):
+                    parts = [x for side in (node.left, *node.comparators) for x in ast.walk(side)]
+                    named = {x.value for x in parts if isinstance(x, ast.Constant)}
+                    of = {getattr(x, "id", getattr(x, "attr", "")) for x in parts}
+                    asked = any(word in name for name in of for word in ("layout", "format"))
+                    # A stream of hidden states is dense too.
+                    names = set(layouts.LAYOUTS) - (set() if asked else {"dense"})
+                    assert not named & names, f"{path}:{node.lineno}"
 
 
 # What else a method may import of another: the mathematics that it composes.

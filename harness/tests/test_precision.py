@@ -14,7 +14,7 @@ import families
 from harness import cli, precision
 from harness.blocks import sequential
 from harness.blocks.decoder import Decoder
-from harness.checkpoint import formats, load
+from harness.checkpoint import layouts, load
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 from harness.quant.grid import Grid, nearest
@@ -110,13 +110,13 @@ def test_onednns_limit_holds_on_any_machine():
     assert done.stdout.split() == ["float32", "float32"]
 
 
-@pytest.mark.parametrize("layout", formats.FORMATS)
+@pytest.mark.parametrize("layout", layouts.QUANTIZED)
 @pytest.mark.parametrize("stored", HALF)
 def test_what_is_written_does_not_follow_what_is_computed_in(layout, stored, models, tmp_path):
     """Sizes, dtypes, and bits of all that was not quantized; the values that the file holds, at any
     dtype, are those that were computed with; transformers reads the same, bit for bit."""
     source = models / precision.name(stored)
-    grid, scales = Grid(4, 16, True), formats.scale_dtype(layout, stored)
+    grid, scales = Grid(4, 16, True), layouts.of(layout).scale_dtype(stored)
 
     def update(matrices, statistics, hand):
         return {n: sequential.Update(nearest(w, grid, scales)) for n, w in matrices.items()}

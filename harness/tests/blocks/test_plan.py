@@ -10,7 +10,7 @@ from harness import progress
 from harness.blocks import plan, sequential
 from harness.blocks.decoder import Decoder
 from harness.blocks.plan import print_plan
-from harness.checkpoint import formats
+from harness.checkpoint import layouts
 from harness.quant.grid import Grid, nearest
 
 SIZES = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2}
@@ -53,7 +53,7 @@ def told(decoder, method, capsys, tokens=0) -> tuple[float, float]:
 def test_disk(layout, bits, group, symmetric, computed, source, tmp_path, capsys):
     decoder = Decoder(source, dtype=computed)
     grid = None if bits is None else Grid(bits, group, symmetric)
-    scales = formats.scale_dtype(layout, decoder.stored_dtype)
+    scales = layouts.of(layout).scale_dtype(decoder.stored_dtype)
 
     def update(matrices, statistics, hand):
         if grid is None:

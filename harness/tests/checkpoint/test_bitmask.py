@@ -16,7 +16,8 @@ import families
 from harness import paths
 from harness.blocks.decoder import Decoder
 from harness.blocks.sequential import Method, Update, compress, per_stage
-from harness.checkpoint import bitmask, load, recipe, shards
+from harness.checkpoint import load, recipe, shards
+from harness.checkpoint.layouts import bitmask
 from harness.checkpoint.weights import Weights
 from harness.cli import main
 from harness.commands import info

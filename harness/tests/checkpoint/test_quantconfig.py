@@ -97,7 +97,7 @@ def test_gptq_in_any_order_of_columns(tmp_path):
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
 
     def shuffle(tensors):
-        from harness.checkpoint.formats import pack_bits, unpack_bits
+        from harness.checkpoint.layouts.packing import pack_bits, unpack_bits
 
         codes = unpack_bits(tensors[f"{NAME}.qweight"].T, 4)
         tensors[f"{NAME}.qweight"] = pack_bits(codes[:, order], 4).T.contiguous()
@@ -186,7 +186,7 @@ def test_zero_points_that_are_not_packed_are_read(tmp_path):
     before = load.load_model(folder).state_dict()[f"{NAME}.weight"]
 
     def unpack(tensors):
-        from harness.checkpoint.formats import unpack_bits
+        from harness.checkpoint.layouts.packing import unpack_bits
 
         packed = tensors[f"{NAME}.weight_zero_point"]
         zero = unpack_bits(packed.T.contiguous(), 4).T.to(torch.int8) - 8

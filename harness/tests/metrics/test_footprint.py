@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.checkpoint import quantconfig
+from harness.checkpoint import layouts
 from harness.checkpoint.nonuniform import skeleton
 from harness.errors import UserError
 from harness.metrics import footprint as fp
@@ -65,7 +65,7 @@ def save(folder, tensors, quantization=None):
 
 
 def described(layout, symmetric=True):
-    return quantconfig.describe(Grid(4, 32, symmetric), layout, False, [])
+    return layouts.of(layout).config(Grid(4, 32, symmetric), False)
 
 
 def test_dense_checkpoint_counts_parameters_and_not_masks(tmp_path):

@@ -144,7 +144,7 @@ SOME = {
     "some in the gptq format": (
         sparsegpt,
         [*GOOD, *HALF, "--wbits", "4", "--format", "gptq", "--prune_only", "attn"],
-        "holds all linears or none",
+        "has no place for the names",
     ),
     "variant with a pattern": (
         wanda,

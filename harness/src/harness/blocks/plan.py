@@ -10,7 +10,7 @@ import torch
 
 from harness import precision
 from harness.blocks.sequential import Method
-from harness.checkpoint import formats, runs, side_files
+from harness.checkpoint import layouts, packed, runs, side_files
 from harness.checkpoint.recipe import nominal_ratio
 from harness.modules import get_matrix, linears
 
@@ -131,13 +131,12 @@ def print_plan(
 
 def _linear_bytes(method: Method, rows: int, columns: int, dtype: torch.dtype) -> float:
     """Of one linear's tensors in the result."""
-    if method.grid is not None and method.layout not in formats.PRUNED_FORMATS:
-        return formats.nbytes(method.layout, method.grid, rows, columns, dtype)
+    kind = layouts.of(method.layout)
+    if kind.HOLDS == "codes":
+        return packed.nbytes(method.layout, method.grid, rows, columns, dtype)
+    nonzeros = rows * columns * (1 - (nominal_ratio(method.settings) or 0))
     dense = rows * columns * dtype.itemsize
-    if method.layout != "bitmask":
-        return dense
-    kept = 1 - (nominal_ratio(method.settings) or 0)
-    return min(dense, kept * dense + rows * -(-columns // 8) + 16)
+    return min(dense, kind.nbytes(rows, columns, nonzeros, dtype.itemsize))
 
 
 def _same_blocks(decoder) -> list[tuple[int, int, Shapes, int]]:

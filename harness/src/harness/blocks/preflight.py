@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from harness.blocks.decoder import Decoder
-from harness.checkpoint import formats
-from harness.errors import UserError
+from harness.checkpoint import layouts
+from harness.checkpoint.layouts.packing import check_scales_fit
 from harness.modules import IGNORED, get_matrix, linears, turn
 from harness.quant.grid import Grid, check_group_size
 
@@ -22,24 +22,20 @@ def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
             shapes[f"{decoder.prefix}.{index}.{name}"] = shape
             columns[name] = shape[1]
     check_group_size(columns, grid)
-    formats.check(layout, grid, shapes)
-    if layout == "gptq" and any(hasattr(m, IGNORED) for m in decoder.blocks.modules()):
-        raise UserError(
-            "the gptq format has no place for the names of linears that stay dense; use "
-            "--format compressed-tensors with --ignore."
-        )
+    some_left = any(hasattr(m, IGNORED) for m in decoder.blocks.modules())
+    layouts.of(layout).refuse(grid, shapes, some_left)
 
 
 def check_scales(decoder: Decoder, grid: Grid | None, layout: str) -> None:
     """Refuse weights whose scales float16 does not hold, where it stores them: in the gptq layout,
     and of a float16 model. Reads every block."""
-    dtype = formats.scale_dtype(layout, decoder.stored_dtype)
+    dtype = layouts.of(layout).scale_dtype(decoder.stored_dtype)
     if grid is None or dtype != torch.float16:
         return
     for index, block in enumerate(decoder.blocks):
         for name, module in linears(block).items():
             full = f"{decoder.prefix}.{index}.{name}"
-            formats.check_scales(full, turn(module, decoder.stored(f"{full}.weight")), grid)
+            check_scales_fit(full, turn(module, decoder.stored(f"{full}.weight")), grid)
 
 
 def what_stays(decoder: Decoder) -> str:

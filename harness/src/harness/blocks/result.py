@@ -8,7 +8,7 @@ import torch
 
 from harness import paths
 from harness.blocks.block import BlockInHand
-from harness.checkpoint import bitmask, card, formats, side_files
+from harness.checkpoint import card, layouts, side_files
 from harness.checkpoint.runs import LOG
 from harness.checkpoint.shards import Writer, config_for
 from harness.modules import turn
@@ -27,12 +27,11 @@ def tensors_of(hand: BlockInHand, layout: str) -> tuple[dict[str, torch.Tensor],
         elif update is None:
             tensors[full] = decoder.stored(full) if decoder.has(full) else value
         else:
-            if isinstance(update.weight, QuantizedWeight):
-                parts = formats.encode(f"{hand.prefix}.{linear}", update.weight, layout)
-            else:
-                parts = {full: turn(hand.block.get_submodule(linear), update.weight)}
-                if layout == "bitmask":
-                    parts = bitmask.encode(f"{hand.prefix}.{linear}", parts[full])
+            weight, store = update.weight, layouts.of(layout).encode
+            if not isinstance(weight, QuantizedWeight):
+                weight = turn(hand.block.get_submodule(linear), weight)
+                store = layouts.of("dense").encode if layouts.of(layout).HOLDS == "codes" else store
+            parts = store(f"{hand.prefix}.{linear}", weight)
             linear_bytes[linear] = sum(t.nbytes for t in parts.values())
             tensors |= parts
     return tensors, linear_bytes
@@ -72,13 +71,10 @@ def finish(decoder, method, shards: Writer, step: dict, rows, quantization, read
         read_by: what loads it.
     """
     source, conv1d = decoder.weights.folder, decoder.has_conv1d
-    if quantization and method.layout == "compressed-tensors":
-        done = {row["name"] for row in rows}
-        quantization["ignore"] = sorted(set(_with_matrices(decoder.model)) - done)
-        if conv1d:
-            # By name, not as "Linear": transformers, which has no packed Conv1D, then refuses
-            # the checkpoint, where it would fill it with random weights and a warning.
-            quantization["config_groups"]["group_0"]["targets"] = sorted(done)
+    packed = {row["name"] for row in rows}
+    layouts.of(method.layout).name_targets(
+        quantization, packed, set(_with_matrices(decoder.model)) - packed, conv1d
+    )
     config = config_for(source, decoder.stored_dtype, quantization, conv1d)
     if decoder.transform is not None:
         for part in (config, config.get("text_config", {})):

@@ -19,7 +19,7 @@ from harness.blocks import preflight, result
 from harness.blocks.block import Act, BlockInHand, Update, per_stage
 from harness.blocks.decoder import Decoder, batches
 from harness.blocks.streams import Streams
-from harness.checkpoint import formats, quantconfig, readers, runs
+from harness.checkpoint import layouts, readers, runs
 from harness.checkpoint.load import window_length
 from harness.checkpoint.runs import LOG
 from harness.checkpoint.shards import Writer, decode_block
@@ -41,7 +41,7 @@ class Method:
         acts: what is done to every block, one after another.
         streams: the hidden states that acts look at, one of :data:`harness.blocks.streams.KINDS`.
         split: calibration windows [N, T] -> batches [B, T].
-        layout: one of :data:`harness.checkpoint.formats.FORMATS` or PRUNED_FORMATS.
+        layout: one of :data:`harness.checkpoint.layouts.LAYOUTS`.
         grid: of the packed result; None for dense and bitmask.
         actorder: whether packed groups were solved in act-order (recorded in the config).
         side_file: of the result, for the side tensors of all updates. side_note: its metadata, one
@@ -93,9 +93,7 @@ def compress(
     if windows is not None:
         window_length(decoder.config, windows.shape[1])
         corpora.check_token(int(windows.max()), decoder.config)
-    quantization = None
-    if method.layout != "dense":
-        quantization = quantconfig.describe(method.grid, method.layout, method.actorder, [])
+    quantization = layouts.of(method.layout).config(method.grid, method.actorder)
     identity = {
         "base": base,
         "method": method.name,
@@ -160,7 +158,7 @@ def _every_block(decoder, method: Method, shards: Writer, windows, quantization)
 
 def work_on(decoder: Decoder, index: int, streams: Streams, method: Method) -> BlockInHand:
     """Block ``index`` after every act of ``method``, its streams taken on behind it."""
-    hand = BlockInHand(decoder, index, streams, packs=method.layout not in formats.PRUNED_FORMATS)
+    hand = BlockInHand(decoder, index, streams, packs=layouts.of(method.layout).HOLDS == "codes")
     for act in method.acts:
         act(hand)
     hand.advance()

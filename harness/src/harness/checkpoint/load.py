@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from harness import paths, precision
-from harness.checkpoint import names, nonuniform, weight_files
+from harness.checkpoint import layouts, names, nonuniform, weight_files
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError, nearest, one_line
 
@@ -267,9 +267,9 @@ def load_dense(weights: Weights, config, dtype):
 
 def _load_bitsandbytes(weights: Weights, config, load: str, dtype, device: str):
     folder = weights.folder
-    if weights.layout == "bitmask":
+    if layouts.of(weights.layout).HOLDS == "zeros":
         raise UserError(
-            f"{folder} is stored as bitmask; --load needs a dense one: "
+            f"{folder} is stored as {weights.layout}; --load needs a dense one: "
             f"harness convert {folder} --format dense --out DENSE"
         )
     if weights.layout != "dense":

@@ -15,11 +15,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness import paths
-from harness.checkpoint import formats, load, nonuniform, quantconfig, weight_files
+from harness.checkpoint import layouts, load, nonuniform, quantconfig, weight_files
 from harness.errors import one_line
 from harness.quant.grid import Grid
 
-IN_VLLM = {"dense": ("llama", "mistral"), "packed": ("llama",)}
 UNPACKS = (0, 20)  # the version of compressed-tensors that unpacks on the meta device
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -37,52 +36,25 @@ def describe(layout: str, grid: Grid | None, config, fault: str | None) -> str:
     """
     if getattr(config, nonuniform.KEY, None):
         return "the harness only (its blocks differ in size)"
-    if layout == "bitmask":
-        return "the harness only (harness convert --format dense makes it readable by all)"
-    if layout == "other":
+    if layout == layouts.OTHER:
         return "transformers, with the library that made it"
-    family = config.model_type
-    if layout == "dense":
-        if fault:
-            return f"the harness only (transformers: {fault})"
-        if family in IN_VLLM["dense"]:
-            return "transformers, vLLM, and everything else that reads Hugging Face checkpoints"
-        return f"transformers, the harness (vLLM was not tried with {family})"
-    served = ""
-    if family in IN_VLLM["packed"]:
-        if grid.bits == 4 and (grid.symmetric or layout == "compressed-tensors"):
-            served = "vLLM (on a GPU, or a CPU with AVX-512), "
-        elif grid.bits == 8 and grid.symmetric:
-            served = "vLLM on a GPU, "
-    if layout == "gptq":
-        known = "GPTQModel where its kernels know the width"
-        return f"{served}the harness; made for {known} and this family"
-    if fault:
-        return f"the harness only (transformers: {fault}); --format dense is read by all"
-    # Other widths were packed otherwise before, and older libraries load garbage from these files.
-    oldest = "0.17" if 32 % grid.bits == 0 else "0.19"
-    return f"{served}transformers with compressed-tensors {oldest} or newer, the harness"
+    return layouts.of(layout).readers(grid, config.model_type, fault)
 
 
 def of_folder(folder: Path, config) -> str:
     """:func:`describe` of the checkpoint in ``folder``, whatever made it."""
-    raw = paths.read_json(folder / "config.json")
-    quantization = quantconfig.of(raw, folder / "config.json")
-    layout = quantconfig.layout_of(quantization)
-    fault, grid = None, None
-    if layout in ("compressed-tensors", "gptq"):
-        grid = quantconfig.grid_of(quantization)
-    if layout in ("compressed-tensors", "dense"):
-        stored = weight_files.read_headers(folder)
-        shapes = {name: _empty(t.shape, DTYPES.get(t.dtype)) for name, t in stored.items()}
+    quantization = quantconfig.of(paths.read_json(folder / "config.json"), folder / "config.json")
+    layout, fault = quantconfig.layout_of(quantization), None
+    if layout != layouts.OTHER and layouts.of(layout).ASKED:
+        shapes = _shapes(weight_files.read_headers(folder))
         fault = fault_in_transformers(load.load_config(folder), shapes) if shapes else None
-    return describe(layout, grid, config, fault)
+    return describe(layout, quantconfig.grid_of(quantization), config, fault)
 
 
 def of_shards(config, files: list[Path], outer: dict[str, torch.Tensor]) -> str:
     """:func:`describe` of a dense result: its finished shards, and what else it will hold."""
     stored = {n: t for file in files for n, t in weight_files.header(file).items()}
-    tensors = {n: _empty(t.shape, DTYPES.get(t.dtype)) for n, t in stored.items()}
+    tensors = _shapes(stored)
     tensors |= {n: _empty(t.shape, t.dtype) for n, t in outer.items()}
     return describe("dense", None, config, fault_in_transformers(config, tensors))
 
@@ -93,9 +65,10 @@ def of_result(
     """:func:`describe` of a result before it is made: ``model``, of which the linears ``packed``,
     by full name, will be stored in ``layout``."""
     config = model.config
-    if layout not in ("compressed-tensors", "dense"):
+    kind = layouts.of(layout)
+    if not kind.ASKED:
         return describe(layout, grid, config, None)
-    if layout != "dense" and any(isinstance(model.get_submodule(n), Conv1D) for n in packed):
+    if kind.HOLDS == "codes" and any(isinstance(model.get_submodule(n), Conv1D) for n in packed):
         return describe(layout, grid, config, "it has no packed form of GPT-2's Conv1D")
     dtype, tensors = config.dtype or torch.float32, {}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -105,7 +78,7 @@ def of_result(
             rows, columns = tensor.shape
             tensors |= {
                 f"{linear}.{part}": _empty(shape, kind)
-                for part, (shape, kind) in formats.parts(layout, grid, rows, columns, dtype).items()
+                for part, (shape, kind) in kind.parts(grid, rows, columns, dtype).items()
             }
         elif name not in tied:
             tensors[name] = _empty(tensor.shape, tensor.dtype)
@@ -152,6 +125,11 @@ def _quiet():
         logging.set_verbosity(said)
         if bar:
             logging.enable_progress_bar()
+
+
+def _shapes(stored: Mapping[str, weight_files.Stored]) -> dict[str, torch.Tensor]:
+    """Tensors on the meta device as headers have them."""
+    return {name: _empty(t.shape, DTYPES.get(t.dtype)) for name, t in stored.items()}
 
 
 def _empty(shape, dtype) -> torch.Tensor:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from harness import distributed, paths
-from harness.checkpoint import bitmask, formats
+from harness.checkpoint import layouts, packed, quantconfig
 from harness.checkpoint.hashes import mark
 from harness.checkpoint.runs import RunFolder, read_state
 from harness.paths import save_tensors, tensor_bytes
@@ -153,7 +153,7 @@ def config_for(folder: Path, dtype: torch.dtype, quantization: dict | None, conv
     if quantization:
         config["quantization_config"] = quantization
     config.pop("harness_conv1d", None)
-    if quantization and conv1d and quantization != bitmask.CONFIG:
+    if conv1d and quantconfig.grid_of(quantization):
         config["harness_conv1d"] = True
     return config
 
@@ -166,10 +166,10 @@ def decode_block(
     conv1d: bool,
 ) -> dict[str, torch.Tensor]:
     """Logical tensors of a block of a checkpoint in ``stored``: packed linears unpacked, in it."""
-    packed, plain = formats.split_names(tensors, layout)
+    linears, plain = packed.split_names(tensors, layout)
     logical = {name: tensors[name] for name in plain}
-    for name in packed:
-        logical[f"{name}.weight"] = formats.matrix(
-            tensors, name, layout, quantization, stored, stored, conv1d
+    for name in linears:
+        logical[f"{name}.weight"] = layouts.of(layout).matrix(
+            tensors, name, quantization, stored, stored, conv1d
         )
     return logical

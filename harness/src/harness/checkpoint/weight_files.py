@@ -211,3 +211,11 @@ def _stored(name: str, entry: dict, path: Path, start: int) -> Stored:
     if dtype in BITS and 8 * (end - begin) != prod(shape) * BITS[dtype]:
         raise ValueError(f"{name} has {end - begin} bytes for {shape} of {dtype}")
     return Stored(str(dtype), tuple(shape), end - begin, path, start + begin)
+
+
+def small_int64s(stored: Stored) -> tuple[int, ...]:
+    """The numbers in a tensor of int64, read from its file."""
+    with stored.file.open("rb") as file:
+        file.seek(stored.offset)
+        raw = file.read(stored.nbytes)
+    return tuple(int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from harness.checkpoint import formats, packed, quantconfig, weight_files
+from harness.checkpoint import layouts, packed, quantconfig, weight_files
 from harness.errors import UserError, one_line
 from harness.paths import read_json
 
@@ -29,7 +29,7 @@ class Weights:
         self.config = read_json(folder / "config.json")
         self.quantization = quantconfig.of(self.config, folder / "config.json")
         self.layout = quantconfig.layout_of(self.quantization)
-        if self.layout == "other":
+        if self.layout == layouts.OTHER:
             raise UserError(
                 f"{folder} is stored as {quantconfig.foreign(self.quantization)}, which is not "
                 "read here; give the dense model it was made from."
@@ -40,9 +40,7 @@ class Weights:
         self._where = {name: path for path, held in self._held.items() for name in held}
         if not self._where:
             raise UserError(f"{folder} holds weight files without a tensor; nothing to load.")
-        grid = None
-        if self.layout in ("compressed-tensors", "gptq"):
-            grid = quantconfig.grid_of(self.quantization)
+        grid = quantconfig.grid_of(self.quantization)
         packed.check({n: self._shape(n) for n in self._where}, self.layout, grid)
 
     def __contains__(self, name: str) -> bool:
@@ -53,7 +51,7 @@ class Weights:
 
     @cached_property
     def _split(self) -> tuple[set[str], set[str]]:
-        return formats.split_names(self._where, self.layout)
+        return packed.split_names(self._where, self.layout)
 
     @cached_property
     def names(self) -> set[str]:
@@ -101,8 +99,8 @@ class Weights:
         the values in the checkpoint's dtype)."""
         if self.is_packed(name):
             conv1d = self.config.get("harness_conv1d", False)
-            return formats.matrix(
-                self, name.removesuffix(".weight"), self.layout, self.quantization, self.dtype,
+            return layouts.of(self.layout).matrix(
+                self, name.removesuffix(".weight"), self.quantization, self.dtype,
                 dtype or self.dtype, conv1d,
             )  # fmt: skip
         tensor = self.stored(name)

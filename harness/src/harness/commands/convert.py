@@ -6,7 +6,7 @@ from harness import precision
 from harness.blocks import preflight
 from harness.blocks.decoder import Decoder
 from harness.blocks.sequential import Method, Update, compress, per_stage
-from harness.checkpoint import load, runs
+from harness.checkpoint import layouts, load, runs
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 from harness.metrics import sparsity
@@ -36,7 +36,7 @@ def convert(
     preflight.check(decoder, None, layout, out)
     runs.claim(out, folder, overwrite, dry_run)
     before = stored_size(folder, decoder.config).disk_bytes
-    if layout == "bitmask":
+    if layouts.of(layout).HOLDS == "zeros":
         _check_worth(model, sparsity.of_checkpoint(folder))
     if dry_run:
         print(f"{model} ({before / 1e6:,.2f} MB) would be written to {out} as {layout}")

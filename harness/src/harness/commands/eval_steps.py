@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 
 from harness import precision
-from harness.checkpoint import formats, hashes, load
+from harness.checkpoint import hashes, layouts, load
 from harness.checkpoint.load import context_length
 from harness.commands.eval_subject import Step, Subject, short
 from harness.commands.report import row
@@ -27,7 +27,7 @@ def footprint_step(subject: Subject, loads: bool) -> Step:
         bits, how = size.bits_per_weight, "quantized linears with their scales and zeros"
         if bits is None:
             bits, how = size.bits_per_parameter, "not quantized"
-            if subject.layout == "bitmask":
+            if layouts.of(subject.layout).HOLDS == "zeros":
                 how = "all parameters, the zeros stored away"
         stored, where = size.disk_bytes, "weight files on disk"
         memory = memory_bytes(subject.model) if loads else None
@@ -62,7 +62,7 @@ def footprint_step(subject: Subject, loads: bool) -> Step:
 def _zeros(subject: Subject, loaded: bool) -> sparsity.Sparsity | None:
     """Zeros in the blocks, of the loaded model where there is one; None for quantized weights, of
     which many round to zero and none is stored the cheaper for it."""
-    if subject.layout not in formats.PRUNED_FORMATS:
+    if subject.layout not in layouts.PRUNED:
         return None
     if not loaded:
         return sparsity.of_checkpoint(subject.folder)
@@ -72,9 +72,7 @@ def _zeros(subject: Subject, loaded: bool) -> sparsity.Sparsity | None:
 def _zeros_rows(layout: str, zeros: sparsity.Sparsity, disk: int) -> list[dict]:
     if zeros.share < sparsity.WORTH_SAYING:
         return []
-    saved = zeros.dense_bytes - zeros.bitmask_bytes
-    other = "bitmask" if layout == "dense" else "dense"
-    size = disk - saved if layout == "dense" else disk + saved
+    other, size = sparsity.stored_otherwise(zeros, layout, disk)
     protocol = "of the blocks' linears; no engine here runs faster for them"
     return [
         row("zeros %", 100 * zeros.share, 2, protocol=protocol, main=True),
@@ -258,7 +256,7 @@ def speed_step(subject: Subject) -> Step:
     batch = asked.batch_size or 1
     if asked.engine == "vllm" and asked.load:
         raise UserError("--load is for --engine transformers; vLLM reads the checkpoint itself")
-    if asked.engine == "vllm" and subject.layout == "bitmask":
+    if asked.engine == "vllm" and layouts.of(subject.layout).HOLDS == "zeros":
         raise UserError(
             f"vLLM does not read bitmask checkpoints; make it dense first: harness convert "
             f"{asked.model} --format dense --out DENSE"
@@ -269,12 +267,14 @@ def speed_step(subject: Subject) -> Step:
     def measure():
         sizes = {"batch_size": batch, "prompt": prompt, "new": new, "seed": asked.seed}
         if asked.engine == "vllm":
-            dtype = asked.dtype if subject.layout != "dense" else precision.name(subject.dtype)
+            dtype = (
+                asked.dtype if layouts.of(subject.layout).MARK else precision.name(subject.dtype)
+            )
             result = speed.measure_vllm(subject.folder, dtype=dtype, **sizes)
         else:
             result = speed.measure(subject.model, **sizes)
         protocol = f"{asked.engine} on {result.device}, batch {batch}, median of {result.repeats}"
-        if asked.engine == "transformers" and subject.layout not in formats.PRUNED_FORMATS:
+        if asked.engine == "transformers" and subject.layout not in layouts.PRUNED:
             protocol += "; weights dequantized on load, so as slow as dense"
         share = 100 * result.read_gb_s / result.copy_gb_s
         step_ms = 1e3 * batch / result.decode_tokens_s

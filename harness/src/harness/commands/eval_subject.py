@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from harness import paths, precision
-from harness.checkpoint import load, quantconfig
+from harness.checkpoint import layouts, load, quantconfig
 from harness.checkpoint.load import window_length
 from harness.checkpoint.weights import Weights
 from harness.commands.eval_settings import EvalSettings
@@ -39,7 +39,7 @@ class Subject:
         quantization = paths.read_json(self.folder / "config.json").get("quantization_config")
         # How the weights are stored, one of the formats or "other", which only vLLM measures.
         self.layout = quantconfig.layout_of(quantization)
-        if self.layout == "other":
+        if self.layout == layouts.OTHER:
             self.stored_dtype = self.config.dtype or precision.parse("float32")
         else:
             self.stored_dtype = Weights(self.folder).dtype

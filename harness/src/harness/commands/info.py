@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from harness import paths
-from harness.checkpoint import formats, load, names, quantconfig, readers, recipe
+from harness.checkpoint import layouts, load, names, quantconfig, readers, recipe
 from harness.checkpoint.load import context_length, window_length
 from harness.checkpoint.nonuniform import skeleton
 from harness.checkpoint.weights import Weights
@@ -52,16 +52,9 @@ def info(model: str) -> str:
 
 def _stored_as(quantization: dict | None) -> str:
     layout = quantconfig.layout_of(quantization)
-    if layout == "other":
+    if layout == layouts.OTHER:
         return f"{quantconfig.foreign(quantization)} (another library's, not read here)"
-    if layout == "dense":
-        return "dense"
-    if layout == "bitmask":
-        return "bitmask: a bit per weight and the weights that are not zero"
-    grid = quantconfig.grid_of(quantization)
-    group = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
-    kind = "symmetric" if grid.symmetric else "asymmetric"
-    return f"{layout}, {grid.bits} bits, {group}, {kind}"
+    return layouts.of(layout).describe(quantconfig.grid_of(quantization))
 
 
 def _bits(size: Footprint) -> str:
@@ -73,16 +66,14 @@ def _bits(size: Footprint) -> str:
 
 def _zeros(folder: Path, layout: str, disk: int) -> list[tuple[str, str]]:
     """Lines about zeros, where there are enough of them to matter."""
-    if layout not in formats.PRUNED_FORMATS:
+    if layout not in layouts.PRUNED:
         return []
     found = sparsity.of_checkpoint(folder)
     if found.share < sparsity.WORTH_SAYING:
         return []
     shares = [100 * zeros / weights for weights, zeros in found.blocks]
     spread = f"{min(shares):.1f} to {max(shares):.1f} % by block"
-    other = "bitmask" if layout == "dense" else "dense"
-    saved = found.dense_bytes - found.bitmask_bytes
-    size = disk - saved if layout == "dense" else disk + saved
+    other, size = sparsity.stored_otherwise(found, layout, disk)
     return [
         ("zeros", f"{100 * found.share:.2f} % of the blocks' linears, {spread}"),
         (f"as {other}", f"{size / 1e6:,.2f} MB (harness convert --format {other})"),

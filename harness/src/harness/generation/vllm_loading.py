@@ -50,7 +50,7 @@ def is_weight_only(folder: Path) -> bool:
     """Whether vLLM would compute on the packed integers of the checkpoint in `folder`."""
     config = paths.read_json(folder / "config.json").get("quantization_config") or {}
     method = config.get("quant_method")
-    return method in WEIGHT_ONLY or quantconfig.layout_of(config) == "compressed-tensors"
+    return method in WEIGHT_ONLY or (config and quantconfig.grid_of(config) is not None)
 
 
 def has_weight_only_kernels() -> bool:
@@ -70,7 +70,7 @@ def dtype_for(engine: str, dtype: str, folder: Path, device: str, model) -> str:
     """The name of the dtype that `engine`, "transformers" or "vllm", computes in, from --dtype: the
     rule of `harness.precision`, but vLLM's own choice for what its kernels read packed."""
     quantization = paths.read_json(folder / "config.json").get("quantization_config")
-    if engine == "vllm" and quantconfig.layout_of(quantization) != "dense":
+    if engine == "vllm" and quantization:
         return dtype
     from harness.checkpoint.weights import Weights
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
-from harness.checkpoint import packed, quantconfig, weight_files
+from harness.checkpoint import layouts, packed, quantconfig, weight_files
 from harness.checkpoint.weight_files import Stored
 from harness.errors import UserError
 from harness.paths import read_json
@@ -44,17 +44,11 @@ def packed_linears(
     quantization_config.
     """
     layout = quantconfig.layout_of(quantization)
-    found = {}
+    grid, linears = quantconfig.grid_of(quantization), {}
     for linear in packed.linears_of(tensors, layout):
-        parts = {packed.MARKS[layout], *packed.NEEDED[layout], *packed.OPTIONAL[layout]} - {"bias"}
-        held = [tensors[f"{linear}.{part}"] for part in parts if f"{linear}.{part}" in tensors]
-        if layout == "gptq":
-            words, rows = tensors[f"{linear}.qweight"].shape
-            shape = (rows, words * 32 // quantconfig.grid_of(quantization).bits)
-        else:
-            shape = _small_int64s(tensors[f"{linear}.weight_shape"])
-        found[linear] = (shape, sum(stored.nbytes for stored in held))
-    return found
+        held = sum(tensors[name].nbytes for name in packed.tensors_of(linear, tensors, layout))
+        linears[linear] = (layouts.of(layout).shape(tensors, linear, grid), held)
+    return linears
 
 
 def stored_size(folder: Path, config) -> Footprint:
@@ -65,7 +59,7 @@ def stored_size(folder: Path, config) -> Footprint:
     """
     raw = read_json(folder / "config.json")
     paths, safe = weight_files.locate(folder, raw)
-    if safe and quantconfig.layout_of(quantconfig.of(raw, folder / "config.json")) != "other":
+    if safe and quantconfig.layout_of(quantconfig.of(raw, folder / "config.json")) != layouts.OTHER:
         tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
         return footprint(folder, bool(tied))
     from harness.checkpoint.nonuniform import skeleton
@@ -93,18 +87,10 @@ def _read(folder: Path) -> tuple[dict[str, Stored], dict | None]:
     path = folder / "config.json"
     quantization = quantconfig.of(read_json(path), path)
     layout = quantconfig.layout_of(quantization)
-    if layout != "other":
-        quantized = layout in ("compressed-tensors", "gptq")
-        grid = quantconfig.grid_of(quantization) if quantized else None
-        packed.check({name: stored.shape for name, stored in tensors.items()}, layout, grid)
+    if layout != layouts.OTHER:
+        shapes = {name: stored.shape for name, stored in tensors.items()}
+        packed.check(shapes, layout, quantconfig.grid_of(quantization))
     return tensors, quantization
-
-
-def _small_int64s(stored: Stored) -> tuple[int, ...]:
-    with stored.file.open("rb") as file:
-        file.seek(stored.offset)
-        raw = file.read(stored.nbytes)
-    return tuple(int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8))
 
 
 def is_parameter(name: str, shape: tuple[int, ...]) -> bool:
@@ -121,7 +107,7 @@ def footprint(folder: Path, tied: bool = False) -> Footprint:
     """
     tensors, quantization = _read(folder)
     linears = packed_linears(tensors, quantization)
-    masked = quantconfig.layout_of(quantization) == "bitmask"
+    masked = quantconfig.grid_of(quantization) is None
     whole = sum(prod(shape) for shape, _ in linears.values())
     quantized, plain = (0, whole) if masked else (whole, 0)
     for name, stored in tensors.items():

@@ -6,7 +6,8 @@ Only the blocks' linears count: nothing prunes embeddings, norms or the head wei
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checkpoint import bitmask
+from harness.checkpoint import layouts
+from harness.checkpoint.layouts import bitmask
 
 WORTH_SAYING = 0.01  # below this share zeros are chance
 NO_KERNELS = (
@@ -61,6 +62,13 @@ def of_checkpoint(folder: Path) -> Sparsity:
         parts.append(_block(decoder.load(index), decoder.dtype.itemsize))
         decoder.release(index)
     return _total(parts)
+
+
+def stored_otherwise(zeros: Sparsity, layout: str, disk: int) -> tuple[str, int]:
+    """The other of `layouts.PRUNED`, and what weight files of ``disk`` bytes take in it."""
+    (other,) = set(layouts.PRUNED) - {layout}
+    saved = zeros.dense_bytes - zeros.bitmask_bytes
+    return other, disk + saved if layouts.of(layout).HOLDS == "zeros" else disk - saved
 
 
 def _block(block, item: int) -> tuple[int, int, int, int]:

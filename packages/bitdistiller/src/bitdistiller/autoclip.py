@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from harness import cli
+from harness.checkpoint import layouts
 from harness.errors import UserError
 from harness.settings import BOS, IGNORE, Shared, flag, make_parser, word
 
@@ -38,7 +39,7 @@ class Result:
     format: str | None = flag(
         None, "how the checkpoint is stored (default compressed-tensors: packed, loads in "
         "transformers and vLLM; gptq: for GPTQ kernels; dense: rounded values at full size, "
-        "default and only one for NormalFloat)", choices=["compressed-tensors", "gptq", "dense"],
+        "default and only one for NormalFloat)", choices=layouts.QUANTIZED,
     )  # fmt: skip
     dump_clip: str | None = flag(None, "copy clip.safetensors to FILE too", metavar="FILE")
 

@@ -19,7 +19,7 @@ from harness.blocks.decoder import Decoder
 from harness.blocks.job import Job, claim, draw, open_decoder, run_job
 from harness.blocks.plan import OF_WEIGHTS, paused_bytes
 from harness.blocks.sequential import Method, Update, per_stage
-from harness.checkpoint import formats, load
+from harness.checkpoint import layouts, load
 from harness.checkpoint.load import window_length
 from harness.errors import Finished, UserError
 from harness.quant.clip_search import clamp, full_range, output_energy, search, work
@@ -60,7 +60,7 @@ def run(settings, command: str) -> list[dict]:
     if seqlen is None:
         seqlen = min(SEQLEN, window_length(decoder.config))
     drawn = draw(job, decoder, text, s.n_samples, seqlen)
-    update = _update(grid, decoder, formats.scale_dtype(layout, decoder.stored_dtype))
+    update = _update(grid, decoder, layouts.of(layout).scale_dtype(decoder.stored_dtype))
     moments = partial(GroupMoments, group_size=s.q_group_size)
     method = Method(
         "autoclip",
@@ -117,9 +117,9 @@ def make_grid(w_bit: int | None, group_size: int, quant_type: str) -> Grid | Nor
 
 def _layout(format: str | None, quant_type: str) -> str:
     levels = KINDS.get(quant_type) is not None
-    if levels and format not in (None, "dense"):
+    if levels and format in layouts.PACKED:
         raise UserError(f"the {format} format holds integers; {quant_type} needs --format dense.")
-    return format or ("dense" if levels else formats.FORMATS[0])
+    return format or (layouts.QUANTIZED[-1] if levels else layouts.QUANTIZED[0])
 
 
 def _check_dump(path: str | Path | None, out: Path, overwrite: bool) -> Path | None:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 
 from harness import cli
+from harness.checkpoint import layouts
 from harness.settings import Shared, flag, make_parser, word
 
 EXAMPLES = """\
@@ -26,7 +27,7 @@ class Settings(Shared):
     format: str = flag(
         "compressed-tensors", "compressed-tensors (default): transformers reads it, and vLLM at 4 "
         "bits; gptq: for GPTQ kernels, scales in float16; dense: ordinary safetensors",
-        choices=["compressed-tensors", "gptq", "dense"],
+        choices=layouts.QUANTIZED,
     )  # fmt: skip
 
 

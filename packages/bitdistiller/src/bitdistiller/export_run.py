@@ -9,7 +9,7 @@ from harness import locks, paths, precision
 from harness.blocks.decoder import Decoder
 from harness.blocks.job import Job, claim, run_job
 from harness.blocks.sequential import Method, Update, per_stage
-from harness.checkpoint import readers, recipe
+from harness.checkpoint import layouts, readers, recipe
 from harness.checkpoint.runs import LOG
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
@@ -40,7 +40,7 @@ def export(
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give one that bitdistiller.train wrote.")
     grids = result.Grids(folder)
-    if grids.grid is None and layout != "dense":
+    if grids.grid is None and layout in layouts.PACKED:
         raise UserError(
             f"{folder} holds {grids.kind} values, for which {layout} has no codes; they are stored "
             "with --format dense only."
@@ -52,8 +52,7 @@ def export(
         _base(folder), out, overwrite=overwrite, resume=resume, dry_run=dry_run, command=command
     )
     claim(job, decoder, grids.grid, layout)
-    if layout == "gptq":
-        _check_scales(grids)
+    _check_scales(grids, layout)
     settings = {"format": layout}
     if grids.grid is not None:
         settings |= {"bits": grids.grid.bits, "group_size": grids.grid.group_size}
@@ -86,16 +85,17 @@ def _update(grids: result.Grids, layout: str):
         if grids.grid is None:
             return {linear: Update(values) for linear, values in matrices.items()}
         found = {n: grids.quantized(f"{hand.prefix}.{n}", w) for n, w in matrices.items()}
-        return {n: Update(matrices[n] if layout == "dense" else w) for n, w in found.items()}
+        return {n: Update(w if layout in layouts.PACKED else matrices[n]) for n, w in found.items()}
 
     return update
 
 
-def _check_scales(grids: result.Grids) -> None:
+def _check_scales(grids: result.Grids, layout: str) -> None:
     for name in sorted(grids.names):
         scale, _ = grids.read(name)
-        if not torch.equal(scale.half().float(), scale.float()):
+        dtype = layouts.of(layout).scale_dtype(scale.dtype)
+        if not torch.equal(scale.to(dtype).float(), scale.float()):
             raise UserError(
-                f"the scales of {name} do not fit the float16 of the gptq format exactly; use "
+                f"the scales of {name} do not fit the {dtype} of the {layout} format exactly; use "
                 "--format compressed-tensors, which stores them as they are."
             )

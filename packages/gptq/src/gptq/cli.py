@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import cli
+from harness.checkpoint import layouts
 from harness.errors import UserError
 from harness.settings import BOS, IGNORE, Shared, flag, make_parser, word
 
@@ -33,7 +34,7 @@ class Result:
     format: str = flag(
         "compressed-tensors", "how the result is stored (default compressed-tensors: packed, loads "
         "in transformers and vLLM; gptq: for GPTQ kernels; dense: quantized values at full size)",
-        choices=["compressed-tensors", "gptq", "dense"],
+        choices=layouts.QUANTIZED,
     )  # fmt: skip
 
 

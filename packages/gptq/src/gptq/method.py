@@ -8,7 +8,7 @@ from gptq.solver import act_order, solve
 from harness import distributed, locks
 from harness.blocks.job import Job, claim, draw, open_decoder, run_job
 from harness.blocks.sequential import Method, Update, per_stage
-from harness.checkpoint import formats
+from harness.checkpoint import layouts
 from harness.errors import UserError
 from harness.quant import masks
 from harness.quant.grid import Grid, QuantizedWeight, nearest
@@ -33,7 +33,7 @@ def run(settings, command: str) -> list[dict]:
     s = settings
     grid = Grid(s.wbits, s.groupsize, s.sym, s.mse)
     grouped, static_groups = s.groupsize != -1, s.static_groups
-    if s.act_order and grouped and not (static_groups or s.nearest) and s.format != "dense":
+    if s.act_order and grouped and not (static_groups or s.nearest) and s.format in layouts.PACKED:
         print(
             f"--act-order with groups in the {s.format} format uses static groups; the dynamic "
             "kind is stored with --format dense",
@@ -43,7 +43,7 @@ def run(settings, command: str) -> list[dict]:
     job = Job.of(settings, command)
     decoder = open_decoder(job)
     stored = decoder.stored_dtype
-    dtypes = {"dtype": stored, "scale_dtype": formats.scale_dtype(s.format, stored)}
+    dtypes = {"dtype": stored, "scale_dtype": layouts.of(s.format).scale_dtype(stored)}
     noted = {
         "wbits": s.wbits, "groupsize": s.groupsize, "sym": s.sym, "mse": s.mse,
         "nearest": s.nearest,

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from harness import cli
+from harness.checkpoint import layouts
 from harness.errors import UserError
 from harness.settings import BOS, IGNORE, Shared, flag, word
 
-PACKED = ("compressed-tensors", "gptq")
 PATTERNS = {"unstructured": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
 TRUE_SEQUENTIAL = (
     "prune a block's layers one after another, each on the effect of the earlier ones; here also "
@@ -67,7 +67,7 @@ class How:
     )
     format: str = flag(
         "dense", "how the result is stored: dense (default, loads everywhere, saves nothing) or "
-        "bitmask (zeros are not stored; only the harness reads it)", choices=["dense", "bitmask"],
+        "bitmask (zeros are not stored; only the harness reads it)", choices=layouts.PRUNED,
     )  # fmt: skip
     ignore: list[str] = flag([], **IGNORE)
     bos: str = flag("auto", **BOS)
@@ -156,7 +156,7 @@ def honest_line(rows: list[dict], out: Path, layout: str) -> str:
 
     config = load.load_config(out)
     size = footprint.stored_size(out, config)
-    packed = f", {size.disk_bytes / 1e6:.3f} MB as {layout}" if layout in PACKED else ""
+    packed = f", {size.disk_bytes / 1e6:.3f} MB as {layout}" if layout in layouts.PACKED else ""
     item = config.dtype.itemsize
     zeros, weights = (sum(row[key] for row in rows) for key in ("zeros", "weights"))
     dense = size.parameters * item

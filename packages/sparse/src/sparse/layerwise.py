@@ -7,7 +7,7 @@ import torch
 from harness import locks
 from harness.blocks.job import Job, claim, draw, open_decoder, run_job
 from harness.blocks.sequential import Act, Method, per_stage
-from harness.checkpoint import formats
+from harness.checkpoint import layouts
 from harness.errors import UserError, nearest
 from harness.modules import get_matrix, linears
 from harness.quant.grid import Grid
@@ -52,8 +52,8 @@ def run(settings, command: str) -> list[dict]:
     chosen = _chosen(decoder, s.minlayer, s.maxlayer, s.prune_only, s.invert)
     _check_divides(chosen, goal)
     all_of_them = len(chosen) == sum(len(linears(block)) for block in decoder.blocks)
-    if s.format == "gptq" and not all_of_them:
-        raise UserError("the gptq format holds all linears or none; use compressed-tensors.")
+    if grid and not all_of_them:
+        layouts.of(s.format).refuse(grid, {}, some_left=True)
     claim(job, decoder, grid, s.format)
     drawn = (None, None)
     if s.method != "magnitude" or s.ratios == "owl":
@@ -76,7 +76,7 @@ def run(settings, command: str) -> list[dict]:
     method = Method(
         s.method, _noted(s, goal, grid, all_of_them), [_act(s, target, decoder.stored_dtype, grid)],
         () if s.method == "magnitude" else ("quantized",), layout=s.format,
-        grid=grid if s.format in formats.PACKED else None,
+        grid=grid if s.format in layouts.PACKED else None,
     )  # fmt: skip
     return run_job(job, decoder, method, drawn)
 
@@ -89,7 +89,7 @@ def _act(s, target: Callable, stored: torch.dtype, grid: Grid | None) -> Act:
         return per_stage(update, methods.Norms, s.true_sequential)
     update = methods.sparsegpt(
         target, stored, percdamp=s.percdamp, blocksize=s.blocksize, grid=grid,
-        scale_dtype=formats.scale_dtype(s.format, stored),
+        scale_dtype=layouts.of(s.format).scale_dtype(stored),
     )  # fmt: skip
     return per_stage(update, Hessian, s.true_sequential)
 
@@ -146,7 +146,7 @@ def _grid(s) -> Grid | None:
             f"wbits is {wbits}; only SparseGPT quantizes, use 16 with {s.method} pruning."
         )
     if wbits == 16:
-        if s.format in formats.PACKED:
+        if s.format in layouts.PACKED:
             raise UserError(
                 f"--format {s.format} holds integers; quantize too (SparseGPT's --wbits 4), or use "
                 "--format dense or bitmask."

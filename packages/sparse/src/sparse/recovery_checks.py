@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint import load, runs
+from harness.checkpoint import layouts, load, runs
 from harness.checkpoint.load import context_length
 from harness.data import corpora
 from harness.errors import UserError, nearest
@@ -51,13 +51,13 @@ def check_numbers(given: dict) -> None:
 
 def check_source(weights, model: str, out: Path, overwrite: bool, dry_run: bool) -> None:
     """Refuse packed weights and an ``out`` that is in the way."""
-    if weights.layout in ("compressed-tensors", "gptq"):
+    if weights.layout in layouts.PACKED:
         raise UserError(
             f"{model} is quantized ({weights.layout}), and training would undo that; recover the "
             "pruned model first and quantize the result."
         )
     runs.claim(out, weights.folder, overwrite, dry_run)
-    if weights.layout != "dense":
+    if layouts.of(weights.layout).MARK:
         distributed.say(
             f"{model} is stored as {weights.layout}; the result is written dense (harness convert "
             f"--format {weights.layout} packs it again)"

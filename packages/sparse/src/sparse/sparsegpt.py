@@ -4,6 +4,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 
+from harness.checkpoint import layouts
 from harness.settings import flag, make_parser
 from sparse import command
 
@@ -47,7 +48,7 @@ class SparseGPT:
     format: str = flag(
         "dense", "how the result is stored: dense (default, loads everywhere, saves nothing), "
         "bitmask (zeros are not stored; only the harness reads it), or packed integers with "
-        "--wbits", choices=["dense", "bitmask", *command.PACKED],
+        "--wbits", choices=[*layouts.PRUNED, *layouts.PACKED],
     )  # fmt: skip
 
 

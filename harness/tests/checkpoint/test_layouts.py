@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 import families
 from harness.blocks import sequential
 from harness.blocks.decoder import Decoder
-from harness.checkpoint import formats, load, quantconfig
+from harness.checkpoint import layouts, load, quantconfig
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 from harness.modules import get_matrix, linears, set_matrix
 from harness.quant.grid import Grid, nearest
 
 WIDTHS = range(2, 9)
-PACKED = ("compressed-tensors", "gptq")
+GPTQ_BITS = (2, 3, 4, 8)
 
 
 def quantized(rows, columns, grid, dtype=torch.float16):
@@ -35,10 +35,10 @@ def same(one, other):
 
 
 def round_trip(weight, layout):
-    config = quantconfig.describe(weight.grid, layout, False, [])
-    tensors = formats.encode("x", weight, layout)
+    config = layouts.of(layout).config(weight.grid, False)
+    tensors = layouts.of(layout).encode("x", weight)
     assert all(t.is_contiguous() for t in tensors.values())
-    return formats.decode(tensors, "x", layout, json.loads(json.dumps(config)))
+    return layouts.of(layout).decode(tensors, "x", json.loads(json.dumps(config)))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -51,11 +51,11 @@ def test_compressed_tensors_round_trip(bits, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", formats.GPTQ_BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 def test_gptq_round_trip(bits, symmetric):
     for rows, columns, group in ((32, 96, 12), (64, 32, -1), (32, 64, 32)):
         grid = Grid(bits, group, symmetric)
-        formats.check("gptq", grid, {"x": (rows, columns)})
+        layouts.of("gptq").refuse(grid, {"x": (rows, columns)}, False)
         weight = quantized(rows, columns, grid)
         weight.zero[0, 0] = weight.zero[0, 0] if symmetric else 0  # does not fit version 1
         assert same(round_trip(weight, "gptq"), weight)
@@ -76,24 +76,24 @@ def test_files_of_both_packings_of_compressed_tensors_are_read(version):
             rows, columns = file.get_tensor(f"{name}.weight_shape").tolist()
             groups = scale.shape[1]
             grid = Grid(width, -1 if groups == 1 else columns // groups)
-            config = quantconfig.describe(grid, "compressed-tensors", False, [])
-            found = formats.decode(held, name, "compressed-tensors", config)
+            config = layouts.of("compressed-tensors").config(grid, False)
+            found = layouts.of("compressed-tensors").decode(held, name, config)
             codes = (torch.arange(rows)[:, None] * 7 + torch.arange(columns) * 3) % 2**width
             zero = (torch.arange(rows)[:, None] * 5 + torch.arange(groups) * 11) % 2**width
             assert torch.equal(found.codes, codes.to(torch.uint8)), name
             assert torch.equal(found.zero, zero.to(torch.uint8)), name
             if version == "0.20.0":  # which is what we write
-                made = formats.encode(name, found, "compressed-tensors")
+                made = layouts.of("compressed-tensors").encode(name, found)
                 assert all(torch.equal(made[key], file.get_tensor(key)) for key in made)
 
 
 def test_words_that_are_of_neither_packing_are_refused():
     weight = quantized(8, 64, Grid(3, -1))
-    tensors = formats.encode("x", weight, "compressed-tensors")
+    tensors = layouts.of("compressed-tensors").encode("x", weight)
     tensors["x.weight_packed"] = tensors["x.weight_packed"][:, :-1]
-    config = quantconfig.describe(weight.grid, "compressed-tensors", False, [])
+    config = layouts.of("compressed-tensors").config(weight.grid, False)
     with pytest.raises(UserError, match=r"has 5 words a row; 64 values of 3 bits take 6 .* 7"):
-        formats.decode(tensors, "x", "compressed-tensors", config)
+        layouts.of("compressed-tensors").decode(tensors, "x", config)
 
 
 def test_other_programs_files_are_read_as_transformers_reads_them(llamas, tmp_path):
@@ -137,10 +137,10 @@ def autogptq_words(codes, bits):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", formats.GPTQ_BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 def test_gptq_words_are_autogptqs(bits, symmetric):
     weight = quantized(32, 64, Grid(bits, 32, symmetric))
-    tensors = formats.encode("x", weight, "gptq")
+    tensors = layouts.of("gptq").encode("x", weight)
     assert tensors["x.qweight"].tolist() == autogptq_words(weight.codes.T, bits)
     zero = weight.zero - 1 if symmetric else weight.zero  # version 1 stores one less
     packed_along_outputs = list(zip(*autogptq_words(zero, bits), strict=True))
@@ -150,25 +150,25 @@ def test_gptq_words_are_autogptqs(bits, symmetric):
     dtypes = {k: t.dtype for k, t in tensors.items()}
     assert dtypes["x.qweight"] == dtypes["x.qzeros"] == dtypes["x.g_idx"] == torch.int32
     assert dtypes["x.scales"] == torch.float16
-    config = quantconfig.describe(weight.grid, "gptq", False, [])
+    config = layouts.of("gptq").config(weight.grid, False)
     assert config["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_both_layouts_hold_the_same_words(bits):
     weight = quantized(32, 64, Grid(bits, 32, True))
-    ours, theirs = (formats.encode("x", weight, layout) for layout in PACKED)
+    ours, theirs = (layouts.of(layout).encode("x", weight) for layout in layouts.PACKED)
     assert torch.equal(ours["x.weight_packed"], theirs["x.qweight"].T)
     assert torch.equal(ours["x.weight_scale"], theirs["x.scales"].T)
 
 
 def test_what_a_layout_cannot_hold_is_refused():
     with pytest.raises(UserError, match="2, 3, 4 or 8 bits, not 5"):
-        formats.check("gptq", Grid(5), {})
+        layouts.of("gptq").refuse(Grid(5), {}, False)
     with pytest.raises(UserError, match="q is 40 x 64"):
-        formats.check("gptq", Grid(3), {"x.q": (40, 64)})
-    formats.check("gptq", Grid(4), {"x.q": (40, 64)})
-    formats.check("compressed-tensors", Grid(5), {"x.q": (41, 63)})
+        layouts.of("gptq").refuse(Grid(3), {"x.q": (40, 64)}, False)
+    layouts.of("gptq").refuse(Grid(4), {"x.q": (40, 64)}, False)
+    layouts.of("compressed-tensors").refuse(Grid(5), {"x.q": (41, 63)}, False)
     assert quantconfig.layout_of({"quant_method": "awq"}) == "other"
     assert quantconfig.layout_of(None) == "dense"
 
@@ -176,7 +176,7 @@ def test_what_a_layout_cannot_hold_is_refused():
 def round_to_nearest(source, out, grid, layout):
     """The pass with the simplest method, and the model that it should have stored."""
     decoder = Decoder(source, dtype=Weights(source).dtype)
-    scales = formats.scale_dtype(layout, decoder.dtype)
+    scales = layouts.of(layout).scale_dtype(decoder.dtype)
 
     def update(matrices, statistics, hand):
         return {n: sequential.Update(nearest(w, grid, scales)) for n, w in matrices.items()}
@@ -230,7 +230,7 @@ def test_transformers_loads_the_model_that_was_evaluated(bits, symmetric, llamas
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", formats.GPTQ_BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 def test_gptq_files_load_through_the_harness(bits, symmetric, llamas, tmp_path):
     for group, dtype in ((16, torch.float16), (-1, torch.bfloat16)):
         out = tmp_path / str(group)
@@ -252,7 +252,7 @@ def test_dense_layout_is_an_ordinary_checkpoint(llamas, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
 
 
-@pytest.mark.parametrize("layout", formats.FORMATS)
+@pytest.mark.parametrize("layout", layouts.QUANTIZED)
 def test_gpt2s_transposed_linears(layout, tmp_path):
     families.save("gpt2", tmp_path / "source", n_embd=64)
     out = tmp_path / "out"

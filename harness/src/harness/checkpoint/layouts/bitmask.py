@@ -16,11 +16,60 @@ tensor of the wrong shape.
 import numpy as np
 import torch
 
+from harness.checkpoint.weight_files import small_int64s
 from harness.errors import UserError
 
+HOLDS = "zeros"
+MARK, NEEDED, OPTIONAL = "weight_bitmask", {"weight", "weight_shape"}, {"bias"}
+KNOWN, MEANINGFUL = "quant_method format", {}
+ASKED = False  # it is made so that transformers stops
 CONFIG = {"quant_method": "bitmask", "format": "bitmask"}
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SHAPE_BYTES = 16
+
+
+def foreign(config: dict) -> None:
+    """No other tool writes it."""
+
+
+def config(grid, actorder: bool) -> dict:
+    return dict(CONFIG)
+
+
+def grid_of(config) -> None:
+    """It holds values."""
+
+
+def refuse(grid, shapes, some_left: bool) -> None:
+    """Any matrix fits."""
+
+
+def name_targets(config, packed: set[str], dense: set[str], conv1d: bool) -> None:
+    """Its readers ask the tensors."""
+
+
+def scale_dtype(stored: torch.dtype) -> torch.dtype:
+    return stored
+
+
+def check(linear: str, part, grid) -> None:
+    """What its tensors hold is checked as they are read."""
+
+
+def matrix(tensors, name: str, config, stored, dtype, turned: bool) -> torch.Tensor:
+    return decode(tensors.__getitem__, name).to(dtype)
+
+
+def shape(tensors, name: str, grid) -> tuple[int, int]:
+    return small_int64s(tensors[f"{name}.weight_shape"])
+
+
+def describe(grid) -> str:
+    return "bitmask: a bit per weight and the weights that are not zero"
+
+
+def readers(grid, family: str, fault: str | None) -> str:
+    return "the harness only (harness convert --format dense makes it readable by all)"
 
 
 def nbytes(rows: int, columns: int, nonzeros: int, item: int) -> int:
