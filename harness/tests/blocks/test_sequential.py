@@ -24,6 +24,7 @@ from harness.checkpoint import hashes, runs
 from harness.errors import Finished, UserError
 from harness.modules import get_matrix, linears, set_matrix
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 BATCH, WINDOWS = 2, 5  # the last batch is a short one
 CALIBRATION = {"dataset": "d", "nsamples": 5, "seqlen": 24, "seed": 0}
@@ -218,7 +219,7 @@ def packing(bits=4, fail_at=None, error=Interrupted, calls=None):
 
     layout = "compressed-tensors"
     return Method(
-        "packing", {"bits": bits}, [per_stage(update, Recorder)], layout=layout, grid=grid
+        "packing", {"bits": bits}, [per_stage(update, Recorder)], layout=layout, scheme=Scheme(grid)
     )
 
 
