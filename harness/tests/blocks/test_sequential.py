@@ -86,8 +86,9 @@ def run(source, out, method, **options):
     )
 
 
+# The whole oracle in one place.
 @torch.no_grad()
-def naive(source, change, true_sequential):
+def naive(source, change, true_sequential):  # noqa: C901
     """The same by whole forwards: for every stage (or block) run the model, hook, change."""
     decoder = Decoder(source)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
