@@ -191,9 +191,11 @@ def _producer(decoder, index, hidden, stages, number) -> Producer | None:
     block = decoder.blocks[index]
     width = get_matrix(block.get_submodule(stages[number][0])).shape[1]
     watch = Watch({n: m for n, m in block.named_modules() if n}, width)
-    with torch.no_grad():
-        decoder.forward(index, hidden)
-    watch.close()
+    try:
+        with torch.no_grad():
+            decoder.forward(index, hidden)
+    finally:
+        watch.close()
     first = stages[number][0]
     if norm := watch.fed_by(first):
         return Producer("norm", norm, offset=offset_of(watch.norms[norm]))
@@ -275,13 +277,15 @@ def offset_of(norm: nn.Module) -> float:
     """a, where the norm multiplies by a + weight: 1 for Gemma's, 0 for others."""
     x = torch.linspace(-1, 2, len(norm.weight), device=norm.weight.device)[None, None]
     saved = {name: p.data.clone() for name, p in norm.named_parameters()}
-    for parameter in norm.parameters():
-        parameter.data.zero_()
-    zero = norm(x).norm()
-    norm.weight.data.fill_(1)
-    one = norm(x).norm()
-    for name, parameter in norm.named_parameters():
-        parameter.data.copy_(saved[name])
+    try:
+        for parameter in norm.parameters():
+            parameter.data.zero_()
+        zero = norm(x).norm()
+        norm.weight.data.fill_(1)
+        one = norm(x).norm()
+    finally:
+        for name, parameter in norm.named_parameters():
+            parameter.data.copy_(saved[name])
     return float(round((zero / (one - zero)).item()))
 
 
