@@ -101,3 +101,11 @@ def test_refusals(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="expected lists of names as targets"):
         load_model(tmp_path / "out")
+    group["targets"] = ["re:("]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"the target 're:\(', no regular expression"):
+        load_model(tmp_path / "out")
+    dense = Scheme(Grid(4, 16, True), (("up_proj", None),))
+    method = Method("rtn", {}, [per_stage(rounded)], (), layout="gptq", scheme=dense)
+    with pytest.raises(UserError, match="no place for the names of linears that stay dense"):
+        compress(Decoder(tmp_path / "model"), method, tmp_path / "g", base="m")

@@ -14,6 +14,7 @@ it zero, so that 3 bits took 3.2: such files are read, none are written.
 Legend: O out features, I in features, G groups per row.
 """
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -118,6 +119,13 @@ def scheme_of(config: dict) -> Scheme:
         if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
             raise UserError("expected lists of names as targets in quantization_config.")
         for target in targets:
+            try:
+                re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+            except re.error as error:
+                raise UserError(
+                    f"quantization_config has the target {target!r:.40}, no regular expression "
+                    f"({error})."
+                ) from error
             if target == "Linear":
                 everything = grid
             else:
