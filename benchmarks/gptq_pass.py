@@ -75,13 +75,14 @@ def run_ours(folder: Path, out: Path, args) -> None:
     from harness.blocks.decoder import Decoder
     from harness.quant.grid import Grid
     from harness.quant.hessian import Hessian
+    from harness.quant.scheme import Scheme
 
     grid = Grid(**GRID)
     decoder = Decoder(folder, device=args.device, dtype=dtype_of(args))
     dtypes = {"dtype": decoder.stored_dtype, "scale_dtype": decoder.stored_dtype}
     update = _gptq_update(grid, dtypes, 0.01, False, False)
     act = sequential.per_stage(update, Hessian, args.run == "ours")
-    method = sequential.Method("gptq", {}, [act], layout="compressed-tensors", grid=grid)
+    method = sequential.Method("gptq", {}, [act], layout="compressed-tensors", scheme=Scheme(grid))
     sequential.compress(decoder, method, out, base=str(folder), windows=windows_of(args))
     if args.device == "cuda":
         torch.cuda.synchronize()

@@ -18,6 +18,7 @@ from harness.checkpoint.weights import Weights
 from harness.cli import main
 from harness.errors import UserError
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
@@ -41,7 +42,7 @@ def test_a_layout_of_its_own_file(tmp_path, monkeypatch, capsys):
 
     for name in ("model", "turned"):
         for layout in ("toy", "dense"):
-            method = Method("rtn", {}, [per_stage(update)], (), layout=layout, grid=grid)
+            method = Method("rtn", {}, [per_stage(update)], (), layout=layout, scheme=Scheme(grid))
             out = tmp_path / f"{name}-{layout}"
             compress(Decoder(tmp_path / name), method, out, base="m")
         one, other = (load_model(tmp_path / f"{name}-{x}") for x in ("toy", "dense"))

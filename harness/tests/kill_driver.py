@@ -11,18 +11,23 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from harness.blocks import decoder, sequential
 from harness.cli import run as exit_code
 from harness.quant.grid import Grid, nearest
 from harness.quant.hessian import Hessian
+from harness.quant.scheme import Scheme
 
 GRID = Grid(3, 16)
+# Its own is shared with forked children: one that is killed while it holds it stops all others.
+tqdm.set_lock(threading.RLock())
 
 
 def drive(
@@ -137,7 +142,7 @@ def main(source, folder, times, seed, *renames):
     decoder.TOKENS_PER_BATCH = 48
     method = sequential.Method(
         "packing", {}, [sequential.per_stage(update, Hessian)], layout="compressed-tensors",
-        grid=GRID, side_file="sizes.safetensors", side_note={"note": "of the inputs"},
+        scheme=Scheme(GRID), side_file="sizes.safetensors", side_note={"note": "of the inputs"},
     )  # fmt: skip
 
     def run(out):

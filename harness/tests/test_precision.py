@@ -18,6 +18,7 @@ from harness.checkpoint import layouts, load
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 HALF = (torch.bfloat16, torch.float16)
 PROBE = """
@@ -122,7 +123,7 @@ def test_what_is_written_does_not_follow_what_is_computed_in(layout, stored, mod
         return {n: sequential.Update(nearest(w, grid, scales)) for n, w in matrices.items()}
 
     method = sequential.Method(
-        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, grid=grid
+        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, scheme=Scheme(grid)
     )
     made = {}
     for computed in (stored, torch.float32):

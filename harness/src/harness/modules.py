@@ -64,7 +64,7 @@ def ignore(prefix: str, blocks: nn.ModuleList, patterns: Sequence[str]) -> list[
     left_out = set()
     for pattern in patterns:
         try:
-            met = [name for name in every if _meets(pattern, name)]
+            met = [name for name in every if meets(pattern, name)]
         except re.error as error:
             raise UserError(f"--ignore {pattern}: no regular expression ({error}).") from error
         if not met:
@@ -82,7 +82,8 @@ def ignore(prefix: str, blocks: nn.ModuleList, patterns: Sequence[str]) -> list[
     return sorted(left_out)
 
 
-def _meets(pattern: str, name: str) -> bool:
+def meets(pattern: str, name: str) -> bool:
+    """Whether a pattern, as :func:`ignore` takes it, means the linear of this full name."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return name == pattern or name.endswith(f".{pattern}")

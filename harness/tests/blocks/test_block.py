@@ -12,6 +12,7 @@ from harness.blocks.streams import Streams
 from harness.checkpoint.load import load_model
 from harness.quant.grid import Grid, nearest
 from harness.quant.hessian import Hessian
+from harness.quant.scheme import Scheme
 
 GRID = Grid(4, 16)
 WINDOWS = families.windows(5)
@@ -58,7 +59,7 @@ def test_later_acts_see_what_earlier_ones_put(source, tmp_path):
         method = Method("m", {}, acts, **more)
         return compress(Decoder(model), method, out, base="b", windows=WINDOWS)
 
-    packed = {"layout": "compressed-tensors", "grid": GRID}
+    packed = {"layout": "compressed-tensors", "scheme": Scheme(GRID)}
     act = per_stage(rounded, Hessian)
     run(source, tmp_path / "both", [watch, folded, watch, act], **packed)
     assert torch.equal(calls[0] / 2, calls[1])

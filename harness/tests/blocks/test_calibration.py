@@ -18,6 +18,7 @@ from harness.errors import UserError
 from harness.metrics import perplexity
 from harness.modules import linears
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 WORTH = 0.5  # nats a token
@@ -139,7 +140,7 @@ def test_ignored_linears_stay_as_they_are(model, tmp_path, patterns, names):
         [sequential.per_stage(round_all)],
         (),
         layout="compressed-tensors",
-        grid=Grid(4, 16),
+        scheme=Scheme(Grid(4, 16)),
     )
     rows = sequential.compress(decoder, method, tmp_path / "out", base="m")
     assert not {row["name"] for row in rows} & set(full) and len(rows) == 14 - len(full)

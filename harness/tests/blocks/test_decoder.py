@@ -17,6 +17,7 @@ from harness.blocks.streams import stream_logits
 from harness.checkpoint import load
 from harness.errors import UserError
 from harness.quant import grid
+from harness.quant.scheme import Scheme
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 
@@ -131,7 +132,7 @@ def pack(source, out, a_grid, layout):
                 else decoder.dtype)) for n, w in matrices.items()}  # fmt: skip
 
     method = sequential.Method(
-        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, grid=a_grid
+        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, scheme=Scheme(a_grid)
     )
     sequential.compress(decoder, method, out, base=str(source))
     return out

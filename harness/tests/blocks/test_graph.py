@@ -153,3 +153,31 @@ def test_a_producer_that_something_else_reads_is_refused(decoder, monkeypatch):
     assert [p and p.name for p in producers] == [
         "input_layernorm", "self_attn.v_proj", None, "mlp.up_proj"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("decoder", ["llama"], indirect=True)
+def test_a_block_that_adds_nothing_and_one_that_gives_no_numbers(decoder):
+    """Folding leaves the one as it is; of the other nothing is proved."""
+    block = decoder.load(0)
+    with torch.no_grad():
+        block.self_attn.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+    hidden = decoder.embed(families.windows(2, 16))
+    stages = find_stages(block, lambda: decoder.forward(0, hidden))
+    producers = graph.find(decoder, 0, stages)
+    assert all(producers) and graph.prove(decoder, 0, stages, producers) == [0, 0, 0, 0]
+    block.mlp.down_proj.weight.data[0, 0] = torch.nan
+    assert graph.find(decoder, 0, stages) == [None] * 4
+
+
+@pytest.mark.parametrize("decoder", ["llama"], indirect=True)
+def test_a_proof_cut_off_leaves_the_block_as_it_was(decoder, monkeypatch):
+    stages, producers = found_in(decoder)
+    before = {name: p.clone() for name, p in decoder.blocks[0].named_parameters()}
+    outputs = [decoder.forward(0, decoder.embed(families.windows(2, 16)))]
+    # The forward before folding; the one after it finds none left.
+    monkeypatch.setattr(decoder, "forward", lambda *_: outputs.pop())
+    with pytest.raises(IndexError):
+        graph.prove(decoder, 0, stages, producers)
+    for name, parameter in decoder.blocks[0].named_parameters():
+        assert torch.equal(parameter, before[name]), name

@@ -15,6 +15,7 @@ from harness.checkpoint import load
 from harness.commands.info import info
 from harness.errors import UserError
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
           "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -82,7 +83,7 @@ def test_the_language_part_is_walked_and_compressed(saved, tmp_path):
         {},
         [sequential.per_stage(round_all, Seen)],
         layout="compressed-tensors",
-        grid=Grid(4, 16),
+        scheme=Scheme(Grid(4, 16)),
     )
     rows = sequential.compress(decoder, method, out, base="model", windows=ids)
     assert all(row["name"].startswith(f"{decoder.prefix}.") for row in rows) and len(rows) >= 8

@@ -12,6 +12,7 @@ from harness.blocks.decoder import Decoder
 from harness.blocks.plan import print_plan
 from harness.checkpoint import layouts
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 SIZES = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2}
 
@@ -63,7 +64,7 @@ def test_disk(layout, bits, group, symmetric, computed, source, tmp_path, capsys
 
     settings = {"sparsity": 0.5} if grid is None else {}
     method = sequential.Method(
-        "some", settings, [sequential.per_stage(update)], (), layout=layout, grid=grid
+        "some", settings, [sequential.per_stage(update)], (), layout=layout, scheme=Scheme(grid)
     )
     _, disk = told(decoder, method, capsys)
     out = tmp_path / "made"

@@ -24,6 +24,7 @@ from harness.checkpoint import hashes, runs
 from harness.errors import Finished, UserError
 from harness.modules import get_matrix, linears, set_matrix
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 BATCH, WINDOWS = 2, 5  # the last batch is a short one
 CALIBRATION = {"dataset": "d", "nsamples": 5, "seqlen": 24, "seed": 0}
@@ -85,8 +86,9 @@ def run(source, out, method, **options):
     )
 
 
+# The whole oracle in one place.
 @torch.no_grad()
-def naive(source, change, true_sequential):
+def naive(source, change, true_sequential):  # noqa: C901
     """The same by whole forwards: for every stage (or block) run the model, hook, change."""
     decoder = Decoder(source)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
@@ -218,7 +220,7 @@ def packing(bits=4, fail_at=None, error=Interrupted, calls=None):
 
     layout = "compressed-tensors"
     return Method(
-        "packing", {"bits": bits}, [per_stage(update, Recorder)], layout=layout, grid=grid
+        "packing", {"bits": bits}, [per_stage(update, Recorder)], layout=layout, scheme=Scheme(grid)
     )
 
 

@@ -16,6 +16,7 @@ from harness.checkpoint.weights import Weights
 from harness.errors import UserError
 from harness.modules import get_matrix, linears, set_matrix
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 WIDTHS = range(2, 9)
 GPTQ_BITS = (2, 3, 4, 8)
@@ -35,7 +36,7 @@ def same(one, other):
 
 
 def round_trip(weight, layout):
-    config = layouts.of(layout).config(weight.grid, False)
+    config = layouts.of(layout).config(Scheme(weight.grid), False)
     tensors = layouts.of(layout).encode("x", weight)
     assert all(t.is_contiguous() for t in tensors.values())
     return layouts.of(layout).decode(tensors, "x", json.loads(json.dumps(config)))
@@ -55,7 +56,7 @@ def test_compressed_tensors_round_trip(bits, symmetric):
 def test_gptq_round_trip(bits, symmetric):
     for rows, columns, group in ((32, 96, 12), (64, 32, -1), (32, 64, 32)):
         grid = Grid(bits, group, symmetric)
-        layouts.of("gptq").refuse(grid, {"x": (rows, columns)}, False)
+        layouts.of("gptq").refuse(Scheme(grid), {"x": (rows, columns)}, False)
         weight = quantized(rows, columns, grid)
         weight.zero[0, 0] = weight.zero[0, 0] if symmetric else 0  # does not fit version 1
         assert same(round_trip(weight, "gptq"), weight)
@@ -76,7 +77,7 @@ def test_files_of_both_packings_of_compressed_tensors_are_read(version):
             rows, columns = file.get_tensor(f"{name}.weight_shape").tolist()
             groups = scale.shape[1]
             grid = Grid(width, -1 if groups == 1 else columns // groups)
-            config = layouts.of("compressed-tensors").config(grid, False)
+            config = layouts.of("compressed-tensors").config(Scheme(grid), False)
             found = layouts.of("compressed-tensors").decode(held, name, config)
             codes = (torch.arange(rows)[:, None] * 7 + torch.arange(columns) * 3) % 2**width
             zero = (torch.arange(rows)[:, None] * 5 + torch.arange(groups) * 11) % 2**width
@@ -91,7 +92,7 @@ def test_words_that_are_of_neither_packing_are_refused():
     weight = quantized(8, 64, Grid(3, -1))
     tensors = layouts.of("compressed-tensors").encode("x", weight)
     tensors["x.weight_packed"] = tensors["x.weight_packed"][:, :-1]
-    config = layouts.of("compressed-tensors").config(weight.grid, False)
+    config = layouts.of("compressed-tensors").config(Scheme(weight.grid), False)
     with pytest.raises(UserError, match=r"has 5 words a row; 64 values of 3 bits take 6 .* 7"):
         layouts.of("compressed-tensors").decode(tensors, "x", config)
 
@@ -150,7 +151,7 @@ def test_gptq_words_are_autogptqs(bits, symmetric):
     dtypes = {k: t.dtype for k, t in tensors.items()}
     assert dtypes["x.qweight"] == dtypes["x.qzeros"] == dtypes["x.g_idx"] == torch.int32
     assert dtypes["x.scales"] == torch.float16
-    config = layouts.of("gptq").config(weight.grid, False)
+    config = layouts.of("gptq").config(Scheme(weight.grid), False)
     assert config["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
 
 
@@ -164,11 +165,11 @@ def test_both_layouts_hold_the_same_words(bits):
 
 def test_what_a_layout_cannot_hold_is_refused():
     with pytest.raises(UserError, match="2, 3, 4 or 8 bits, not 5"):
-        layouts.of("gptq").refuse(Grid(5), {}, False)
+        layouts.of("gptq").refuse(Scheme(Grid(5)), {}, False)
     with pytest.raises(UserError, match="q is 40 x 64"):
-        layouts.of("gptq").refuse(Grid(3), {"x.q": (40, 64)}, False)
-    layouts.of("gptq").refuse(Grid(4), {"x.q": (40, 64)}, False)
-    layouts.of("compressed-tensors").refuse(Grid(5), {"x.q": (41, 63)}, False)
+        layouts.of("gptq").refuse(Scheme(Grid(3)), {"x.q": (40, 64)}, False)
+    layouts.of("gptq").refuse(Scheme(Grid(4)), {"x.q": (40, 64)}, False)
+    layouts.of("compressed-tensors").refuse(Scheme(Grid(5)), {"x.q": (41, 63)}, False)
     assert quantconfig.layout_of({"quant_method": "awq"}) == "other"
     assert quantconfig.layout_of(None) == "dense"
 
@@ -182,7 +183,7 @@ def round_to_nearest(source, out, grid, layout):
         return {n: sequential.Update(nearest(w, grid, scales)) for n, w in matrices.items()}
 
     method = sequential.Method(
-        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, grid=grid
+        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, scheme=Scheme(grid)
     )
     sequential.compress(decoder, method, out, base=str(source))
     model = AutoModelForCausalLM.from_pretrained(source).eval()

@@ -28,6 +28,7 @@ from harness.data import corpora, example_sets
 from harness.errors import UserError
 from harness.metrics import mmlu_data
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 DOWN = "model.layers.1.mlp.down_proj"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +47,7 @@ def good(tmp_path_factory):
                     for n, w in matrices.items()}  # fmt: skip
 
         method = sequential.Method(
-            "rtn", {}, [sequential.per_stage(round_all)], (), layout=layout, grid=grid
+            "rtn", {}, [sequential.per_stage(round_all)], (), layout=layout, scheme=Scheme(grid)
         )
         sequential.compress(Decoder(root / "dense"), method, root / layout, base="dense")
         merge(root / layout)

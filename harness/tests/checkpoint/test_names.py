@@ -18,6 +18,7 @@ from harness.checkpoint import load
 from harness.commands.info import info
 from harness.errors import UserError
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 SHARED = families.GQA | {"num_hidden_layers": 2}
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
@@ -107,7 +108,7 @@ def test_a_packed_result_keeps_float32_tensors_too(tmp_path):
         [sequential.per_stage(round_all)],
         (),
         layout="compressed-tensors",
-        grid=Grid(4, 16),
+        scheme=Scheme(Grid(4, 16)),
     )
     sequential.compress(Decoder(folder), method, tmp_path / "out", base="m")
     ids = families.windows(2)

@@ -16,6 +16,7 @@ from harness.checkpoint.nonuniform import skeleton
 from harness.metrics.footprint import linear_shapes, stored_size
 from harness.metrics.macs import macs_per_token
 from harness.quant import grid
+from harness.quant.scheme import Scheme
 
 KEPT = [0, 3]
 PREFIX = "transformer.h"
@@ -110,7 +111,7 @@ def test_a_layer_wise_method_goes_on_from_it(uneven, layout, tmp_path):
         return {n: sequential.Update(grid.nearest(w, a_grid, scale)) for n, w in matrices.items()}
 
     method = sequential.Method(
-        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, grid=a_grid
+        "nearest", {}, [sequential.per_stage(update)], (), layout=layout, scheme=Scheme(a_grid)
     )
     sequential.compress(Decoder(folder), method, tmp_path / "out", base=str(folder))
     small, ids = load.load_model(tmp_path / "out"), families.windows(3)

@@ -14,6 +14,7 @@ from harness.checkpoint.weights import Weights
 from harness.commands.info import info
 from harness.errors import UserError
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 NAME = "model.layers.1.mlp.down_proj"
 
@@ -26,7 +27,7 @@ def make(tmp_path, layout, grid):
 
     decoder, out = Decoder(tmp_path / "dense"), tmp_path / "packed"
     method = sequential.Method(
-        "rtn", {}, [sequential.per_stage(round_all)], (), layout=layout, grid=grid
+        "rtn", {}, [sequential.per_stage(round_all)], (), layout=layout, scheme=Scheme(grid)
     )
     sequential.compress(decoder, method, out, base="dense")
     return out
@@ -136,10 +137,10 @@ CT = "compressed-tensors"
         (lambda c: {"config_groups": weights_of(c, type="float")}, "numbers of type 'float'"),
         (lambda c: {"config_groups": weights_of(c, group_size=32)}, "in groups of 32"),
         (lambda c: {"config_groups": weights_of(c, strategy="tensor")}, "the strategy 'tensor'"),
-        (lambda c: {"config_groups": {}}, "expected one object in config_groups"),
-        (lambda c: {"config_groups": None}, "expected one object in config_groups"),
+        (lambda c: {"config_groups": {}}, "expected one object or more in config_groups"),
+        (lambda c: {"config_groups": None}, "expected one object or more in config_groups"),
         (lambda c: {"config_groups": {"a": 1}}, "expected an object under weights"),
-        (lambda c: {"config_groups": {"a": {}, "b": {}}}, "in 2 config groups"),
+        (lambda c: {"config_groups": {"a": {}, "b": {}}}, "expected an object under weights"),
     ],
 )  # fmt: skip
 def test_compressed_tensors_that_contradicts_its_config(tmp_path, changes, message):

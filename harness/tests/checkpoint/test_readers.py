@@ -18,6 +18,7 @@ from harness.commands.info import info
 from harness.errors import UserError
 from harness.modules import linears
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 
 TEXT = families.GQA | {"num_hidden_layers": 2}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -74,7 +75,7 @@ def test_odd_families_are_equal_and_their_cards_true(saved, tmp_path):
         [sequential.per_stage(round_all)],
         (),
         layout="compressed-tensors",
-        grid=Grid(4, 16),
+        scheme=Scheme(Grid(4, 16)),
     )
     sequential.compress(decoder, method, out, base="model")
     ignored = set(json.loads((out / "config.json").read_text())["quantization_config"]["ignore"])

@@ -15,6 +15,7 @@ from harness.errors import UserError
 from harness.metrics import footprint as fp
 from harness.metrics.macs import macs_per_token
 from harness.quant.grid import Grid
+from harness.quant.scheme import Scheme
 
 SIZES = {
     "vocab_size": 101,
@@ -65,7 +66,7 @@ def save(folder, tensors, quantization=None):
 
 
 def described(layout, symmetric=True):
-    return layouts.of(layout).config(Grid(4, 32, symmetric), False)
+    return layouts.of(layout).config(Scheme(Grid(4, 32, symmetric)), False)
 
 
 def test_dense_checkpoint_counts_parameters_and_not_masks(tmp_path):

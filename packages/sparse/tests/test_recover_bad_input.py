@@ -14,6 +14,7 @@ import driving
 import families
 from harness.blocks import decoder, sequential
 from harness.quant.grid import Grid, nearest
+from harness.quant.scheme import Scheme
 from sparse.recover import main
 
 QUICK = ["--cutoff_len", "32", "--max_steps", "3"]
@@ -105,7 +106,7 @@ def test_quantized_input(place, capsys):
         [sequential.per_stage(update)],
         (),
         layout="compressed-tensors",
-        grid=Grid(4, 16),
+        scheme=Scheme(Grid(4, 16)),
     )
     sequential.compress(decoder.Decoder(place / "model"), method, place / "packed", base="model")
     line = refused(capsys, "packed", *GOOD[1:])

@@ -102,7 +102,7 @@ def find(decoder: Decoder, index: int, stages: list[list[str]]) -> list[Producer
         watch.close()
     changes = prove(decoder, index, stages, graph)
     return [
-        None if found is None or change > PROVED else _with_shift(decoder, index, names, found)
+        _with_shift(decoder, index, names, found) if found and change <= PROVED else None
         for names, found, change in zip(stages, graph, changes, strict=True)
     ]
 
@@ -158,7 +158,8 @@ def prove(
     decoder: Decoder, index: int, stages: list[list[str]], graph: list[Producer | None]
 ) -> list[float]:
     """How much of what the block adds changes when random scales in [.5, 2] are folded into one
-    producer after the other; 0 where there is none. Arguments as for :func:`find`."""
+    producer after the other; 0 where there is none, nan where the block gives no numbers. Arguments
+    as for :func:`find`."""
     return [
         0.0 if found is None else _change(decoder, index, names, found)
         for names, found in zip(stages, graph, strict=True)
@@ -174,11 +175,15 @@ def _change(decoder: Decoder, index: int, names, producer: Producer, shifts=Fals
     saved = {name: p.data.clone() for name, p in block.named_parameters()}
     width = get_matrix(block.get_submodule(names[0])).shape[1]
     scale = 0.5 + 1.5 * _uniform(width)
-    fold(block, producer, names, scale, _random(width) if shifts else None)
-    after = decoder.forward(index, hidden)
-    for name, parameter in block.named_parameters():
-        parameter.data.copy_(saved[name])
-    return ((after - before).norm() / (before - hidden).norm()).item()
+    try:
+        fold(block, producer, names, scale, _random(width) if shifts else None)
+        after = decoder.forward(index, hidden)
+    finally:
+        for name, parameter in block.named_parameters():
+            parameter.data.copy_(saved[name])
+    # A block may add nothing (one put in as the identity).
+    change = (after - before).norm()
+    return (change / (before - hidden).norm()).item() if change else 0.0
 
 
 def _with_shift(decoder: Decoder, index: int, names, producer: Producer) -> Producer:
@@ -235,13 +240,15 @@ def offset_of(norm: nn.Module) -> float:
     """a, where the norm multiplies by a + weight: 1 for Gemma's, 0 for others."""
     x = torch.linspace(-1, 2, len(norm.weight), device=norm.weight.device)[None, None]
     saved = {name: p.data.clone() for name, p in norm.named_parameters()}
-    for parameter in norm.parameters():
-        parameter.data.zero_()
-    zero = norm(x).norm()
-    norm.weight.data.fill_(1)
-    one = norm(x).norm()
-    for name, parameter in norm.named_parameters():
-        parameter.data.copy_(saved[name])
+    try:
+        for parameter in norm.parameters():
+            parameter.data.zero_()
+        zero = norm(x).norm()
+        norm.weight.data.fill_(1)
+        one = norm(x).norm()
+    finally:
+        for name, parameter in norm.named_parameters():
+            parameter.data.copy_(saved[name])
     return float(round((zero / (one - zero)).item()))
 
 

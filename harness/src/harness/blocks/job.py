@@ -13,7 +13,7 @@ from harness.blocks.decoder import Decoder
 from harness.blocks.plan import Cost, hessian_cost, print_plan
 from harness.checkpoint import load, runs
 from harness.checkpoint.weights import Weights
-from harness.quant.grid import Grid
+from harness.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def open_decoder(job: Job, *, trains: bool = False) -> Decoder:
     return decoder
 
 
-def claim(job: Job, decoder: Decoder, grid: Grid | None, layout: str) -> None:
+def claim(job: Job, decoder: Decoder, scheme: Scheme | None, layout: str) -> None:
     """Refuse what does not fit, and hold the output. To be called before the data, which may have
     to be downloaded and take minutes to tokenize."""
-    preflight.check(decoder, grid, layout, Path(job.out))
+    preflight.check(decoder, scheme, layout, Path(job.out))
     runs.claim(Path(job.out), decoder.weights.folder, job.overwrite, job.dry_run)
 
 

@@ -108,7 +108,10 @@ def print_plan(
         )
         # The result waits for the disk while the block's own weights are there.
         memory = begun + (weights + others) * (item + stored) + more
-        disk = sum(_linear_bytes(method, *shape, decoder.stored_dtype) for shape in shapes.values())
+        disk = sum(
+            _linear_bytes(method, f"{decoder.prefix}.{first}.{name}", *shape, decoder.stored_dtype)
+            for name, shape in shapes.items()
+        )
         disk += others * stored
         # At the end they are there twice, block by block and together.
         disk += 2 * sum(side(*shape) for shape in shapes.values())
@@ -129,11 +132,11 @@ def print_plan(
     )
 
 
-def _linear_bytes(method: Method, rows: int, columns: int, dtype: torch.dtype) -> float:
+def _linear_bytes(method: Method, name: str, rows: int, columns: int, dtype) -> float:
     """Of one linear's tensors in the result."""
     kind = layouts.of(method.layout)
     if kind.HOLDS == "codes":
-        return packed.nbytes(method.layout, method.grid, rows, columns, dtype)
+        return packed.nbytes(method.layout, method.scheme.of(name), rows, columns, dtype)
     nonzeros = rows * columns * (1 - (nominal_ratio(method.settings) or 0))
     dense = rows * columns * dtype.itemsize
     return min(dense, kind.nbytes(rows, columns, nonzeros, dtype.itemsize))

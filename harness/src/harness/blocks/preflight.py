@@ -8,34 +8,40 @@ from harness.blocks.decoder import Decoder
 from harness.checkpoint import layouts
 from harness.checkpoint.layouts.packing import check_scales_fit
 from harness.modules import IGNORED, get_matrix, linears, turn
-from harness.quant.grid import Grid, check_group_size
+from harness.quant.grid import check_group_size
+from harness.quant.scheme import Scheme
 
 
-def check(decoder: Decoder, grid: Grid | None, layout: str, out: Path) -> None:
-    """Raise :class:`UserError` where the model's sizes do not fit ``grid`` or ``layout``."""
-    if grid is None:
+def check(decoder: Decoder, scheme: Scheme | None, layout: str, out: Path) -> None:
+    """Raise :class:`UserError` where the model's sizes do not fit ``scheme`` or ``layout``."""
+    if scheme is None:
         return
-    shapes, columns = {}, {}
+    shapes, columns = {}, {grid: {} for grid in scheme.grids}
     for index, block in enumerate(decoder.blocks):
         for name, module in linears(block).items():
-            shape = tuple(get_matrix(module).shape)
-            shapes[f"{decoder.prefix}.{index}.{name}"] = shape
-            columns[name] = shape[1]
-    check_group_size(columns, grid)
+            full, shape = f"{decoder.prefix}.{index}.{name}", tuple(get_matrix(module).shape)
+            grid = scheme.of(full)
+            if grid is not None:
+                shapes[full] = shape
+                columns[grid][name] = shape[1]
+    for grid, of_linears in columns.items():
+        check_group_size(of_linears, grid)
     some_left = any(hasattr(m, IGNORED) for m in decoder.blocks.modules())
-    layouts.of(layout).refuse(grid, shapes, some_left)
+    layouts.of(layout).refuse(scheme, shapes, some_left)
 
 
-def check_scales(decoder: Decoder, grid: Grid | None, layout: str) -> None:
+def check_scales(decoder: Decoder, scheme: Scheme | None, layout: str) -> None:
     """Refuse weights whose scales float16 does not hold, where it stores them: in the gptq layout,
     and of a float16 model. Reads every block."""
     dtype = layouts.of(layout).scale_dtype(decoder.stored_dtype)
-    if grid is None or dtype != torch.float16:
+    if scheme is None or dtype != torch.float16:
         return
     for index, block in enumerate(decoder.blocks):
         for name, module in linears(block).items():
             full = f"{decoder.prefix}.{index}.{name}"
-            check_scales_fit(full, turn(module, decoder.stored(f"{full}.weight")), grid)
+            grid = scheme.of(full)
+            if grid is not None:
+                check_scales_fit(full, turn(module, decoder.stored(f"{full}.weight")), grid)
 
 
 def what_stays(decoder: Decoder) -> str:

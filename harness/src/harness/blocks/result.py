@@ -73,7 +73,7 @@ def finish(decoder, method, shards: Writer, step: dict, rows, quantization, read
     source, conv1d = decoder.weights.folder, decoder.has_conv1d
     packed = {row["name"] for row in rows}
     layouts.of(method.layout).name_targets(
-        quantization, packed, set(_with_matrices(decoder.model)) - packed, conv1d
+        quantization, method.scheme, packed, set(_with_matrices(decoder.model)) - packed, conv1d
     )
     config = config_for(source, decoder.stored_dtype, quantization, conv1d)
     if decoder.transform is not None:
@@ -83,7 +83,7 @@ def finish(decoder, method, shards: Writer, step: dict, rows, quantization, read
     outer = decoder.outer_tensors()
     written = sum(paths.tensor_bytes(shards.shard(1 + i)) for i in range(len(decoder)))
     weights = max(sum(row["weights"] for row in rows), 1)
-    counted = ", scales and zero points counted" if method.grid else ""
+    counted = ", scales and zero points counted" if method.scheme else ""
     sizes = {
         f"bits per weight of these linears{counted}": 8 * sum(r["bytes"] for r in rows) / weights,
         "MB on disk": (written + sum(t.nbytes for t in outer.values())) / 1e6,

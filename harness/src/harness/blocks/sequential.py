@@ -26,7 +26,7 @@ from harness.checkpoint.shards import Writer, decode_block
 from harness.data import corpora
 from harness.modules import linears
 from harness.progress import time_left, track
-from harness.quant.grid import Grid
+from harness.quant.scheme import Scheme
 
 __all__ = ["LOG", "Act", "BlockInHand", "Method", "Update", "compress", "per_stage"]
 
@@ -42,7 +42,7 @@ class Method:
         streams: the hidden states that acts look at, one of :data:`harness.blocks.streams.KINDS`.
         split: calibration windows [N, T] -> batches [B, T].
         layout: one of :data:`harness.checkpoint.layouts.LAYOUTS`.
-        grid: of the packed result; None for dense and bitmask.
+        scheme: the grids of the packed result; None for dense and bitmask.
         actorder: whether packed groups were solved in act-order (recorded in the config).
         side_file: of the result, for the side tensors of all updates. side_note: its metadata, one
             entry.
@@ -54,7 +54,7 @@ class Method:
     streams: tuple[str, ...] = ("quantized",)
     split: Callable[[torch.Tensor], list[torch.Tensor]] = batches
     layout: str = "dense"
-    grid: Grid | None = None
+    scheme: Scheme | None = None
     actorder: bool = False
     side_file: str | None = None
     side_note: dict[str, str] | None = None
@@ -86,14 +86,14 @@ def compress(
     Raises:
         UserError: everything in the bad-input table of the tests.
     """
-    preflight.check(decoder, method.grid, method.layout, out)
+    preflight.check(decoder, method.scheme, method.layout, out)
     stays = preflight.what_stays(decoder)
     if stays:
         distributed.say(stays)
     if windows is not None:
         window_length(decoder.config, windows.shape[1])
         corpora.check_token(int(windows.max()), decoder.config)
-    quantization = layouts.of(method.layout).config(method.grid, method.actorder)
+    quantization = layouts.of(method.layout).config(method.scheme, method.actorder)
     identity = {
         "base": base,
         "method": method.name,
@@ -102,15 +102,16 @@ def compress(
         **method.settings,
         **(calibration or {}),
     }
-    everything = {
+    every = {
         f"{decoder.prefix}.{index}.{name}"
         for index, block in enumerate(decoder.blocks)
         for name in linears(block)
     }
-    read_by = readers.of_result(decoder.model, everything, method.layout, method.grid, quantization)
+    packed = {name for name in every if method.scheme and method.scheme.of(name)}
+    read_by = readers.of_result(decoder.model, packed, method.layout, method.scheme, quantization)
     if "transformers:" in read_by:
         distributed.say(f"the result will be read by {read_by}")
-    distributed.lead(lambda: preflight.check_scales(decoder, method.grid, method.layout))
+    distributed.lead(lambda: preflight.check_scales(decoder, method.scheme, method.layout))
     shards = _open_shards(decoder, out, windows, identity, overwrite, resume)
 
     rows = _every_block(decoder, method, shards, windows, quantization)

@@ -12,6 +12,7 @@ import torch
 from harness.checkpoint import layouts
 from harness.errors import UserError
 from harness.quant.grid import Grid
+from harness.quant.scheme import Scheme
 
 
 def linears_of(names: Iterable[str], layout: str) -> set[str]:
@@ -41,9 +42,9 @@ def nbytes(layout: str, grid: Grid, rows: int, columns: int, dtype: torch.dtype)
     return sum(prod(shape) * kind.itemsize for shape, kind in made.values())
 
 
-def check(shapes: Mapping[str, tuple[int, ...]], layout: str, grid: Grid | None) -> None:
+def check(shapes: Mapping[str, tuple[int, ...]], layout: str, scheme: Scheme | None) -> None:
     """Raise :class:`UserError` unless every packed linear has the tensors of ``layout``, no others,
-    and they have the sizes of ``grid``.
+    and they have the sizes of its grid.
 
     ``shapes``: of all tensors of a checkpoint, by the names in its files.
     """
@@ -73,5 +74,11 @@ def check(shapes: Mapping[str, tuple[int, ...]], layout: str, grid: Grid | None)
             raise UserError(
                 f"{linear}.{min(strange)} stands beside a linear packed as {layout}, which has no "
                 "such tensor; it cannot be read here, get the dense checkpoint."
+            )
+        grid = None if scheme is None else scheme.of(linear)
+        if scheme is not None and grid is None:
+            raise UserError(
+                f"{linear} is packed, and quantization_config has no group that means it; restore "
+                "the config that belongs to these files."
             )
         kind.check(linear, {p: shapes[f"{linear}.{p}"] for p in parts}, grid)

@@ -10,7 +10,7 @@ from pathlib import Path
 from harness import distributed, paths
 from harness.checkpoint import layouts
 from harness.errors import UserError
-from harness.quant.grid import Grid
+from harness.quant.scheme import Scheme
 
 OTHERS = {
     "awq": "AWQ's own packing",
@@ -35,7 +35,7 @@ def of(config: dict, where) -> dict | None:
             f"{where}: quantization_config is {found!r:.60}; expected an object with quant_method."
         )
     try:
-        grid_of(found)
+        scheme_of(found)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     layout = layout_of(found)
@@ -64,14 +64,14 @@ def layout_of(config: dict | None) -> str:
     return layouts.OTHER if foreign(config) else config["quant_method"]
 
 
-def grid_of(config: dict | None) -> Grid | None:
-    """The grid that a ``quantization_config`` tells; None where it tells of none.
+def scheme_of(config: dict | None) -> Scheme | None:
+    """The grids that a ``quantization_config`` tells; None where it tells of none.
 
     Raises:
         UserError: a field is missing, or has a value that it cannot have.
     """
     layout = layout_of(config)
-    return None if layout == layouts.OTHER else layouts.of(layout).grid_of(config)
+    return None if layout == layouts.OTHER else layouts.of(layout).scheme_of(config)
 
 
 def foreign(config: dict) -> str | None:

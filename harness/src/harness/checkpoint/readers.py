@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from harness import paths
 from harness.checkpoint import layouts, load, nonuniform, quantconfig, weight_files
 from harness.errors import one_line
-from harness.quant.grid import Grid
+from harness.quant.scheme import Scheme
 
 UNPACKS = (0, 20)  # the version of compressed-tensors that unpacks on the meta device
 DTYPES = {
@@ -27,9 +27,9 @@ DTYPES = {
 }  # fmt: skip
 
 
-def describe(layout: str, grid: Grid | None, config, fault: str | None) -> str:
+def describe(layout: str, scheme: Scheme | None, config, fault: str | None) -> str:
     """What loads a checkpoint of a model with this transformers ``config`` in ``layout`` on
-    ``grid``; ``fault``: what :func:`fault_in_transformers` found.
+    ``scheme``; ``fault``: what :func:`fault_in_transformers` found.
 
     vLLM 0.32 runs 4 bits on CPUs that have AVX-512, which the vLLM session checks, and refuses 8
     there; its list of kernels for GPUs has both.
@@ -38,7 +38,7 @@ def describe(layout: str, grid: Grid | None, config, fault: str | None) -> str:
         return "the harness only (its blocks differ in size)"
     if layout == layouts.OTHER:
         return "transformers, with the library that made it"
-    return layouts.of(layout).readers(grid, config.model_type, fault)
+    return layouts.of(layout).readers(scheme, config.model_type, fault)
 
 
 def of_folder(folder: Path, config) -> str:
@@ -48,7 +48,7 @@ def of_folder(folder: Path, config) -> str:
     if layout != layouts.OTHER and layouts.of(layout).ASKED:
         shapes = _shapes(weight_files.read_headers(folder))
         fault = fault_in_transformers(load.load_config(folder), shapes) if shapes else None
-    return describe(layout, quantconfig.grid_of(quantization), config, fault)
+    return describe(layout, quantconfig.scheme_of(quantization), config, fault)
 
 
 def of_shards(config, files: list[Path], outer: dict[str, torch.Tensor]) -> str:
@@ -60,16 +60,20 @@ def of_shards(config, files: list[Path], outer: dict[str, torch.Tensor]) -> str:
 
 
 def of_result(
-    model: nn.Module, packed: set[str], layout: str, grid: Grid | None, quantization: dict | None
+    model: nn.Module,
+    packed: set[str],
+    layout: str,
+    scheme: Scheme | None,
+    quantization: dict | None,
 ) -> str:
     """:func:`describe` of a result before it is made: ``model``, of which the linears ``packed``,
     by full name, will be stored in ``layout``."""
     config = model.config
     kind = layouts.of(layout)
     if not kind.ASKED:
-        return describe(layout, grid, config, None)
+        return describe(layout, scheme, config, None)
     if kind.HOLDS == "codes" and any(isinstance(model.get_submodule(n), Conv1D) for n in packed):
-        return describe(layout, grid, config, "it has no packed form of GPT-2's Conv1D")
+        return describe(layout, scheme, config, "it has no packed form of GPT-2's Conv1D")
     dtype, tensors = config.dtype or torch.float32, {}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in model.state_dict().items():
@@ -78,13 +82,15 @@ def of_result(
             rows, columns = tensor.shape
             tensors |= {
                 f"{linear}.{part}": _empty(shape, kind)
-                for part, (shape, kind) in kind.parts(grid, rows, columns, dtype).items()
+                for part, (shape, kind) in kind.parts(
+                    scheme.of(linear), rows, columns, dtype
+                ).items()
             }
         elif name not in tied:
             tensors[name] = _empty(tensor.shape, tensor.dtype)
     raw = config.to_dict() | ({"quantization_config": quantization} if quantization else {})
     fault = fault_in_transformers(type(config).from_dict(raw), tensors)
-    return describe(layout, grid, config, fault)
+    return describe(layout, scheme, config, fault)
 
 
 def fault_in_transformers(config, tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -94,7 +100,9 @@ def fault_in_transformers(config, tensors: Mapping[str, torch.Tensor]) -> str | 
     if quantization and tuple(map(int, version("compressed-tensors").split(".")[:2])) < UNPACKS:
         return None  # the older library of vLLM's environment cannot be asked so
     # With one scale per row compressed-tensors guesses the columns on the meta device.
-    guessed = bool(quantization) and quantconfig.grid_of(quantization).group_size == -1
+    guessed = bool(quantization) and any(
+        grid.group_size == -1 for grid in quantconfig.scheme_of(quantization).grids
+    )
     try:
         with _quiet():
             _, report = nonuniform.model_class(config).from_pretrained(

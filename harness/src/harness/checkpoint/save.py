@@ -19,7 +19,8 @@ from harness.checkpoint.weights import Weights
 Side = dict[str, tuple[dict[str, torch.Tensor], dict[str, str] | None]]
 
 
-def save_model(
+# What a result consists of, by name.
+def save_model(  # noqa: PLR0913
     model,
     source: Path,
     out: Path,

@@ -153,7 +153,7 @@ def config_for(folder: Path, dtype: torch.dtype, quantization: dict | None, conv
     if quantization:
         config["quantization_config"] = quantization
     config.pop("harness_conv1d", None)
-    if conv1d and quantconfig.grid_of(quantization):
+    if conv1d and quantconfig.scheme_of(quantization):
         config["harness_conv1d"] = True
     return config
 

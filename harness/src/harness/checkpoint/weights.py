@@ -40,8 +40,8 @@ class Weights:
         self._where = {name: path for path, held in self._held.items() for name in held}
         if not self._where:
             raise UserError(f"{folder} holds weight files without a tensor; nothing to load.")
-        grid = quantconfig.grid_of(self.quantization)
-        packed.check({n: self._shape(n) for n in self._where}, self.layout, grid)
+        scheme = quantconfig.scheme_of(self.quantization)
+        packed.check({n: self._shape(n) for n in self._where}, self.layout, scheme)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

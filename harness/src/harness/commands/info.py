@@ -54,7 +54,7 @@ def _stored_as(quantization: dict | None) -> str:
     layout = quantconfig.layout_of(quantization)
     if layout == layouts.OTHER:
         return f"{quantconfig.foreign(quantization)} (another library's, not read here)"
-    return layouts.of(layout).describe(quantconfig.grid_of(quantization))
+    return layouts.of(layout).describe(quantconfig.scheme_of(quantization))
 
 
 def _bits(size: Footprint) -> str:

@@ -50,7 +50,7 @@ def is_weight_only(folder: Path) -> bool:
     """Whether vLLM would compute on the packed integers of the checkpoint in `folder`."""
     config = paths.read_json(folder / "config.json").get("quantization_config") or {}
     method = config.get("quant_method")
-    return method in WEIGHT_ONLY or (config and quantconfig.grid_of(config) is not None)
+    return method in WEIGHT_ONLY or (config and quantconfig.scheme_of(config) is not None)
 
 
 def has_weight_only_kernels() -> bool:

@@ -44,9 +44,10 @@ def packed_linears(
     quantization_config.
     """
     layout = quantconfig.layout_of(quantization)
-    grid, linears = quantconfig.grid_of(quantization), {}
+    scheme, linears = quantconfig.scheme_of(quantization), {}
     for linear in packed.linears_of(tensors, layout):
         held = sum(tensors[name].nbytes for name in packed.tensors_of(linear, tensors, layout))
+        grid = scheme and scheme.of(linear)
         linears[linear] = (layouts.of(layout).shape(tensors, linear, grid), held)
     return linears
 
@@ -89,7 +90,7 @@ def _read(folder: Path) -> tuple[dict[str, Stored], dict | None]:
     layout = quantconfig.layout_of(quantization)
     if layout != layouts.OTHER:
         shapes = {name: stored.shape for name, stored in tensors.items()}
-        packed.check(shapes, layout, quantconfig.grid_of(quantization))
+        packed.check(shapes, layout, quantconfig.scheme_of(quantization))
     return tensors, quantization
 
 
@@ -107,7 +108,7 @@ def footprint(folder: Path, tied: bool = False) -> Footprint:
     """
     tensors, quantization = _read(folder)
     linears = packed_linears(tensors, quantization)
-    masked = quantconfig.grid_of(quantization) is None
+    masked = quantconfig.scheme_of(quantization) is None
     whole = sum(prod(shape) for shape, _ in linears.values())
     quantized, plain = (0, whole) if masked else (whole, 0)
     for name, stored in tensors.items():

@@ -62,7 +62,8 @@ def fit(tokenizer, subject: Subject, question: Question, shots: int, window: int
     return ids[-window:], 0, True
 
 
-def mmlu(
+# The protocol in its order.
+def mmlu(  # noqa: C901
     model,
     tokenizer,
     subjects: Sequence[Subject],

@@ -26,7 +26,8 @@ def check(out: Path, overwrite: bool, batch: int, dry_run: bool = False) -> None
         raise UserError(f"--batch-size {batch}: at least 1.")
 
 
-def cache(
+# What the cache is made of, by name.
+def cache(  # noqa: PLR0913
     load: Callable[[], torch.nn.Module],
     examples: example_sets.Examples,
     out: Path,

@@ -46,8 +46,9 @@ class Progress:
     rows: list[dict] = field(default_factory=list)
 
 
+# The loop, read from top to bottom; what a run consists of, by name.
 @engine.memory_knobs()
-def train(
+def train(  # noqa: C901, PLR0913
     model: torch.nn.Module,
     training: Training,
     *,

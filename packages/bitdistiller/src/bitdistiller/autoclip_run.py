@@ -27,6 +27,7 @@ from harness.quant.grid import Grid, nearest
 from harness.quant.hessian import GroupMoments
 from harness.quant.normal_float import NormalFloat
 from harness.quant.normal_float import nearest as nearest_level
+from harness.quant.scheme import Scheme
 
 UNCLIPPED = re.compile(r"\b[qk]_|query|key|qkv|c_attn")
 SEQLEN = 1024
@@ -55,7 +56,7 @@ def run(settings, command: str) -> list[dict]:
     dump_clip = _check_dump(s.dump_clip, Path(job.out), s.overwrite)
     result.check_dense(load.resolve(s.model))
     decoder = open_decoder(job, trains=True)
-    claim(job, decoder, grid, layout)
+    claim(job, decoder, Scheme(grid), layout)
     seqlen = s.seqlen
     if seqlen is None:
         seqlen = min(SEQLEN, window_length(decoder.config))
@@ -67,7 +68,7 @@ def run(settings, command: str) -> list[dict]:
         {"w_bit": grid.bits, "q_group_size": s.q_group_size, "quant_type": s.quant_type},
         [per_stage(update, moments)],
         layout=layout,
-        grid=grid if isinstance(grid, Grid) else None,
+        scheme=Scheme(grid) if isinstance(grid, Grid) else None,
         side_file=clip_file.FILE,
         side_note=clip_file.note(decoder.weights.folder, grid),
     )

@@ -30,6 +30,7 @@ from harness.modules import get_matrix
 from harness.quant import masks
 from harness.quant.fake_quant import FakeQuantLinear
 from harness.quant.grid import Grid
+from harness.quant.scheme import Scheme
 
 STEP = 1.25  # time of a training step with fake quantization over that without, for --dry-run
 
@@ -75,7 +76,7 @@ def run(settings, command: str) -> list[dict]:
     job = Job.of(settings, command)
     decoder = open_decoder(job, trains=True)
     ranges = None if s.clip is None else clip_file.read(s.clip, decoder.weights.folder, grid)
-    claim(job, decoder, grid, "dense")
+    claim(job, decoder, Scheme(grid), "dense")
     student.check(decoder.model, grid, ranges=ranges, learn="all")
     noted = {
         "bits": s.bits, "group_size": s.group_size, "clip": s.clip and _mark(s.clip),

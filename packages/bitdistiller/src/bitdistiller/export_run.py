@@ -13,6 +13,7 @@ from harness.checkpoint import layouts, readers, recipe
 from harness.checkpoint.runs import LOG
 from harness.checkpoint.weights import Weights
 from harness.errors import UserError
+from harness.quant.scheme import Scheme
 
 
 @locks.releasing
@@ -51,14 +52,15 @@ def export(
     job = Job(
         _base(folder), out, overwrite=overwrite, resume=resume, dry_run=dry_run, command=command
     )
-    claim(job, decoder, grids.grid, layout)
+    scheme = grids.grid and Scheme(grids.grid)
+    claim(job, decoder, scheme, layout)
     _check_scales(grids, layout)
     settings = {"format": layout}
     if grids.grid is not None:
         settings |= {"bits": grids.grid.bits, "group_size": grids.grid.group_size}
     look_up = per_stage(_update(grids, layout))
     rows = run_job(
-        job, decoder, Method("export", settings, [look_up], (), layout=layout, grid=grids.grid)
+        job, decoder, Method("export", settings, [look_up], (), layout=layout, scheme=scheme)
     )
     if dry_run:
         return []

@@ -17,6 +17,7 @@ from harness.data import corpora, example_sets
 from harness.errors import UserError
 from harness.losses import from_hidden
 from harness.modules import find_blocks
+from harness.quant.scheme import Scheme
 from harness.settings import record
 from harness.training import batching, engine, loop, teacher_cache, validation
 
@@ -129,7 +130,7 @@ def _ranges(settings, source: Path, grid) -> student.Ranges | None:
     """Those of --clip; what the student cannot be is refused here, before data is read."""
     decoder = Decoder(source, sizes_only=True)
     decoder.ignore(settings.ignore)
-    preflight.check(decoder, grid, "dense", Path(settings.out))
+    preflight.check(decoder, Scheme(grid), "dense", Path(settings.out))
     ranges = clip_file.read(settings.clip, source, grid) if settings.clip else None
     start = Path(settings.start) if settings.start else None
     student.check(decoder.model, grid, ranges=ranges, learn=settings.learn, start=start)

@@ -16,8 +16,9 @@ LARGE = tl.constexpr(1e6)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+# Triton passes every stride.
 @triton.jit
-def _columns(
+def _columns(  # noqa: PLR0913
     work, factor, scale, zero, codes, errors, rows, columns, factor_stride, grid_stride, max_code,
     VALUE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip

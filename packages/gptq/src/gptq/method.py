@@ -13,6 +13,7 @@ from harness.errors import UserError
 from harness.quant import masks
 from harness.quant.grid import Grid, QuantizedWeight, nearest
 from harness.quant.hessian import Hessian, inverse_factor
+from harness.quant.scheme import Scheme
 
 ROWS_FOR_NORM = 256
 
@@ -48,10 +49,10 @@ def run(settings, command: str) -> list[dict]:
         "wbits": s.wbits, "groupsize": s.groupsize, "sym": s.sym, "mse": s.mse,
         "nearest": s.nearest,
     }  # fmt: skip
-    claim(job, decoder, grid, s.format)
+    claim(job, decoder, Scheme(grid), s.format)
     if s.nearest:
         round_all = per_stage(_nearest_update(grid, dtypes["scale_dtype"]))
-        method = Method("nearest", noted, [round_all], (), layout=s.format, grid=grid)
+        method = Method("nearest", noted, [round_all], (), layout=s.format, scheme=Scheme(grid))
         return run_job(job, decoder, method)
     if s.dataset is None:
         raise UserError("no calibration dataset given; name one, or use --nearest.")
@@ -62,8 +63,8 @@ def run(settings, command: str) -> list[dict]:
     drawn = draw(job, decoder, s.dataset, s.nsamples, s.seqlen)
     update = _gptq_update(grid, dtypes, s.percdamp, s.act_order, static_groups)
     method = Method(
-        "gptq", noted, [per_stage(update, Hessian, s.true_sequential)], layout=s.format, grid=grid,
-        actorder=s.act_order and (static_groups or not grouped),
+        "gptq", noted, [per_stage(update, Hessian, s.true_sequential)], layout=s.format,
+        scheme=Scheme(grid), actorder=s.act_order and (static_groups or not grouped),
     )  # fmt: skip
     return run_job(job, decoder, method, drawn)
 

@@ -26,7 +26,8 @@ def act_order(diagonal: torch.Tensor) -> torch.Tensor:
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
-def solve(
+# The algorithm in its order.
+def solve(  # noqa: C901
     weight: torch.Tensor,
     factor: torch.Tensor,
     grid: Grid,

@@ -15,8 +15,9 @@ LARGE = tl.constexpr(1e6)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+# Triton passes every stride.
 @triton.jit
-def _columns(
+def _columns(  # noqa: PLR0913
     work, factor, dropped, errors, scale, zero, codes, rows, columns, factor_stride, n, max_code,
     M: tl.constexpr, QUANTIZE: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr,

@@ -12,6 +12,7 @@ from harness.errors import UserError, nearest
 from harness.modules import get_matrix, linears
 from harness.quant.grid import Grid
 from harness.quant.hessian import Hessian
+from harness.quant.scheme import Scheme
 from sparse import methods
 from sparse.ratios import owl
 
@@ -53,8 +54,8 @@ def run(settings, command: str) -> list[dict]:
     _check_divides(chosen, goal)
     all_of_them = len(chosen) == sum(len(linears(block)) for block in decoder.blocks)
     if grid and not all_of_them:
-        layouts.of(s.format).refuse(grid, {}, some_left=True)
-    claim(job, decoder, grid, s.format)
+        layouts.of(s.format).refuse(Scheme(grid), {}, some_left=True)
+    claim(job, decoder, grid and Scheme(grid), s.format)
     drawn = (None, None)
     if s.method != "magnitude" or s.ratios == "owl":
         if s.dataset is None:
@@ -76,7 +77,7 @@ def run(settings, command: str) -> list[dict]:
     method = Method(
         s.method, _noted(s, goal, grid, all_of_them), [_act(s, target, decoder.stored_dtype, grid)],
         () if s.method == "magnitude" else ("quantized",), layout=s.format,
-        grid=grid if s.format in layouts.PACKED else None,
+        scheme=Scheme(grid) if s.format in layouts.PACKED else None,
     )  # fmt: skip
     return run_job(job, decoder, method, drawn)
 

@@ -34,8 +34,9 @@ class Result:
     rows: list[dict]
 
 
+# The signature is the command line.
 @locks.releasing
-def recover(
+def recover(  # noqa: C901, PLR0913
     model: str,
     dataset: str,
     *,

@@ -7,18 +7,18 @@
 | KNOWN | fields of its quantization_config that change no number |
 | MEANINGFUL | those that may, with the values that do not |
 | foreign(config) | why such a file of another tool is not read here, or None |
-| config(grid, actorder) | the quantization_config that it is recognised by |
-| name_targets(config, packed, dense, conv1d) | names in it what is packed, where readers ask that |
-| grid_of(config) | the grid that a quantization_config tells, or None |
-| refuse(grid, shapes, some_left) | raises where these matrices, or dense ones beside, do not fit |
+| config(scheme, actorder) | the quantization_config that it is recognised by |
+| name_targets(config, scheme, packed, dense, conv1d) | names in it what is packed |
+| scheme_of(config) | the grids that a quantization_config tells, or None |
+| refuse(scheme, shapes, some_left) | raises where these, or dense ones beside, do not fit |
 | scale_dtype(stored) | the dtype of scales in a checkpoint of that dtype |
 | check(linear, shapes, grid) | raises where a linear's tensors are not what the config says |
 | parts(grid, rows, columns, dtype) | shape and dtype of a linear's tensors |
 | encode(name, weight) | the tensors, on the CPU, of a QuantizedWeight (codes) or a matrix |
 | matrix(tensors, name, config, stored, dtype, turned) | the matrix that they stand for |
 | shape(tensors, name, grid) | its shape, from the files' headers |
-| describe(grid) | for `harness info` |
-| readers(grid, family, fault) | what loads it, for cards; ASKED: whether transformers is asked |
+| describe(scheme) | for `harness info` |
+| readers(scheme, family, fault) | what loads it, for cards; ASKED: whether transformers is asked |
 
 No torch up here: command lines take their choices from these names.
 """

@@ -32,19 +32,19 @@ def foreign(config: dict) -> None:
     """No other tool writes it."""
 
 
-def config(grid, actorder: bool) -> dict:
+def config(scheme, actorder: bool) -> dict:
     return dict(CONFIG)
 
 
-def grid_of(config) -> None:
+def scheme_of(config) -> None:
     """It holds values."""
 
 
-def refuse(grid, shapes, some_left: bool) -> None:
+def refuse(scheme, shapes, some_left: bool) -> None:
     """Any matrix fits."""
 
 
-def name_targets(config, packed: set[str], dense: set[str], conv1d: bool) -> None:
+def name_targets(config, scheme, packed: set[str], dense: set[str], conv1d: bool) -> None:
     """Its readers ask the tensors."""
 
 
@@ -64,11 +64,11 @@ def shape(tensors, name: str, grid) -> tuple[int, int]:
     return small_int64s(tensors[f"{name}.weight_shape"])
 
 
-def describe(grid) -> str:
+def describe(scheme) -> str:
     return "bitmask: a bit per weight and the weights that are not zero"
 
 
-def readers(grid, family: str, fault: str | None) -> str:
+def readers(scheme, family: str, fault: str | None) -> str:
     return "the harness only (harness convert --format dense makes it readable by all)"
 
 

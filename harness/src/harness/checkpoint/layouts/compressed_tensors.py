@@ -22,7 +22,7 @@ import torch
 from harness.checkpoint.layouts.packing import (
     IN_VLLM,
     check_shape,
-    describe_grid,
+    describe_grids,
     field,
     groups,
     order,
@@ -33,6 +33,7 @@ from harness.checkpoint.layouts.packing import (
 from harness.checkpoint.weight_files import small_int64s
 from harness.errors import UserError
 from harness.quant.grid import Grid, QuantizedWeight
+from harness.quant.scheme import Scheme
 
 HOLDS = "codes"
 MARK, NEEDED = "weight_packed", {"weight_scale", "weight_shape"}
@@ -67,12 +68,25 @@ def foreign(config: dict) -> str | None:
         weights = group.get("weights")
         if isinstance(weights, dict) and weights.get("type", "int") != "int":
             return f"compressed-tensors whose {name} holds numbers of type {weights['type']!r:.40}"
-    if isinstance(groups, dict) and len(groups) > 1:
-        return f"compressed-tensors in {len(groups)} config groups"
     return None
 
 
-def config(grid: Grid, actorder: bool) -> dict:
+def config(scheme: Scheme, actorder: bool) -> dict:
+    groups = (_group(grid, actorder) for grid in scheme.grids)
+    told = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": [],
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+    }
+    # For transformers: unpack while loading, not at the first forward. That way alone it reads zero
+    # points (5.24 with compressed-tensors 0.20), and rounds as matrix() says; but it takes the
+    # first group's grid for all, without a word.
+    return told | ({"dequantize": True} if len(scheme.grids) == 1 else {})
+
+
+def _group(grid: Grid, actorder: bool) -> dict:
     weights = {
         "num_bits": grid.bits,
         "type": "int",
@@ -84,29 +98,34 @@ def config(grid: Grid, actorder: bool) -> dict:
     }
     # The format is said here too: left to guess, the library takes subclasses of nn.Linear
     # (Falcon's) for dense ones, and transformers fills them with random weights.
-    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": [],
-        "config_groups": {"group_0": group},
-        # For transformers: unpack while loading, not at the first forward. That way alone it reads
-        # zero points (5.24 with compressed-tensors 0.20), and rounds as matrix() says.
-        "dequantize": True,
-    }
+    return {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
 
 
-def grid_of(config: dict) -> Grid:
-    """The grid that a ``quantization_config`` tells.
+def scheme_of(config: dict) -> Scheme:
+    """The grids that a ``quantization_config`` tells.
 
     Raises:
         UserError: a field is missing, or has a value that it cannot have.
     """
     groups = config.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        raise UserError("expected one object in config_groups of quantization_config.")
-    (group,) = groups.values()
+    if not isinstance(groups, dict) or not groups:
+        raise UserError("expected one object or more in config_groups of quantization_config.")
+    if len(groups) == 1:  # of whatever targets: what it does not mean is not packed
+        return Scheme(_grid(*groups.values()))
+    everything, named = None, []
+    for group in groups.values():
+        grid, targets = _grid(group), group.get("targets")
+        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            raise UserError("expected lists of names as targets in quantization_config.")
+        for target in targets:
+            if target == "Linear":
+                everything = grid
+            else:
+                named.append((target, grid))
+    return Scheme(everything, tuple(named))
+
+
+def _grid(group) -> Grid:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise UserError("expected an object under weights in config_groups of quantization_config.")
@@ -121,17 +140,21 @@ def grid_of(config: dict) -> Grid:
     return Grid(field(weights, "num_bits", int), size, field(weights, "symmetric", bool))
 
 
-def refuse(grid: Grid, shapes: dict[str, tuple[int, int]], some_left: bool) -> None:
+def refuse(scheme: Scheme, shapes: dict[str, tuple[int, int]], some_left: bool) -> None:
     """Any grid fits."""
 
 
-def name_targets(config: dict, packed: set[str], dense: set[str], conv1d: bool) -> None:
+def name_targets(
+    config: dict, scheme: Scheme, packed: set[str], dense: set[str], conv1d: bool
+) -> None:
     """Name in ``config`` what is packed and what is not, by modules' full names."""
     config["ignore"] = sorted(dense)
-    if conv1d:
-        # By name, not as "Linear": transformers, which has no packed Conv1D, then refuses
-        # the checkpoint, where it would fill it with random weights and a warning.
-        config["config_groups"]["group_0"]["targets"] = sorted(packed)
+    if not conv1d and len(scheme.grids) == 1:
+        return
+    # By name, not as "Linear": transformers, which has no packed Conv1D, then refuses
+    # the checkpoint, where it would fill it with random weights and a warning.
+    for group, grid in zip(config["config_groups"].values(), scheme.grids, strict=True):
+        group["targets"] = sorted(name for name in packed if scheme.of(name) == grid)
 
 
 def scale_dtype(stored: torch.dtype) -> torch.dtype:
@@ -191,7 +214,7 @@ def decode(tensors, name: str, config: dict) -> QuantizedWeight:
     Raises:
         UserError: the tensors contradict each other or the config.
     """
-    grid = grid_of(config)
+    grid = scheme_of(config).of(name)
     words, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     count = groups(f"{name}.weight_scale", scale, rows, columns, grid)
@@ -236,20 +259,22 @@ def shape(tensors: Mapping, name: str, grid: Grid) -> tuple[int, int]:
     return small_int64s(tensors[f"{name}.weight_shape"])
 
 
-def describe(grid: Grid) -> str:
-    return f"compressed-tensors, {grid.bits} bits, {describe_grid(grid)}"
+def describe(scheme: Scheme) -> str:
+    return f"compressed-tensors, {describe_grids(scheme.grids)}"
 
 
-def readers(grid: Grid, family: str, fault: str | None) -> str:
+def readers(scheme: Scheme, family: str, fault: str | None) -> str:
+    if len(scheme.grids) > 1 and not all(grid.symmetric for grid in scheme.grids):
+        fault = "no zero points in mixed bits"
     if fault:
         return f"the harness only (transformers: {fault}); --format dense is read by all"
-    served = ""
-    if family in IN_VLLM and grid.bits == 4:
+    served, grids = "", scheme.grids
+    if family in IN_VLLM and all(grid.bits == 4 for grid in grids):
         served = "vLLM (on a GPU, or a CPU with AVX-512), "
-    elif family in IN_VLLM and grid.bits == 8 and grid.symmetric:
+    elif family in IN_VLLM and all(grid.bits == 8 and grid.symmetric for grid in grids):
         served = "vLLM on a GPU, "
     # Other widths were packed otherwise before, and older libraries load garbage from these files.
-    oldest = "0.17" if 32 % grid.bits == 0 else "0.19"
+    oldest = "0.17" if all(32 % grid.bits == 0 for grid in grids) else "0.19"
     return f"{served}transformers with compressed-tensors {oldest} or newer, the harness"
 
 

@@ -8,19 +8,19 @@ ASKED = True
 IN_VLLM = ("llama", "mistral")
 
 
-def config(grid, actorder: bool) -> None:
+def config(scheme, actorder: bool) -> None:
     """A dense checkpoint has no quantization_config."""
 
 
-def grid_of(config) -> None:
+def scheme_of(config) -> None:
     """Nor a grid."""
 
 
-def refuse(grid, shapes, some_left: bool) -> None:
+def refuse(scheme, shapes, some_left: bool) -> None:
     """Any matrix fits."""
 
 
-def name_targets(config, packed: set[str], dense: set[str], conv1d: bool) -> None:
+def name_targets(config, scheme, packed: set[str], dense: set[str], conv1d: bool) -> None:
     """Its readers ask the tensors."""
 
 
@@ -36,11 +36,11 @@ def nbytes(rows: int, columns: int, nonzeros: float, item: int) -> int:
     return rows * columns * item
 
 
-def describe(grid) -> str:
+def describe(scheme) -> str:
     return "dense"
 
 
-def readers(grid, family: str, fault: str | None) -> str:
+def readers(scheme, family: str, fault: str | None) -> str:
     if fault:
         return f"the harness only (transformers: {fault})"
     if family in IN_VLLM:

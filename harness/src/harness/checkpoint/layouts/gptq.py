@@ -21,7 +21,7 @@ import torch
 from harness.checkpoint.layouts.packing import (
     IN_VLLM,
     check_shape,
-    describe_grid,
+    describe_grids,
     field,
     group_count,
     groups,
@@ -32,6 +32,7 @@ from harness.checkpoint.layouts.packing import (
 )
 from harness.errors import UserError
 from harness.quant.grid import Grid, QuantizedWeight
+from harness.quant.scheme import Scheme
 
 HOLDS = "codes"
 MARK, NEEDED, OPTIONAL = "qweight", {"qzeros", "scales"}, {"g_idx", "bias"}
@@ -61,7 +62,8 @@ def foreign(config: dict) -> str | None:
     return None
 
 
-def config(grid: Grid, actorder: bool) -> dict:
+def config(scheme: Scheme, actorder: bool) -> dict:
+    (grid,) = scheme.grids
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if grid.symmetric else "gptq_v2",
@@ -73,13 +75,18 @@ def config(grid: Grid, actorder: bool) -> dict:
     }
 
 
-def grid_of(config: dict) -> Grid:
-    return Grid(
-        field(config, "bits", int), field(config, "group_size", int), field(config, "sym", bool)
-    )
+def scheme_of(config: dict) -> Scheme:
+    bits, size = field(config, "bits", int), field(config, "group_size", int)
+    return Scheme(Grid(bits, size, field(config, "sym", bool)))
 
 
-def refuse(grid: Grid, shapes: dict[str, tuple[int, int]], some_left: bool) -> None:
+def refuse(scheme: Scheme, shapes: dict[str, tuple[int, int]], some_left: bool) -> None:
+    if len(scheme.grids) > 1:
+        raise UserError(
+            "the gptq format holds all linears on one grid; use --format compressed-tensors for "
+            "mixed bits."
+        )
+    (grid,) = scheme.grids
     if grid.bits not in BITS:
         raise UserError(
             f"the gptq format holds 2, 3, 4 or 8 bits, not {grid.bits}; "
@@ -98,7 +105,7 @@ def refuse(grid: Grid, shapes: dict[str, tuple[int, int]], some_left: bool) -> N
         )
 
 
-def name_targets(config, packed: set[str], dense: set[str], conv1d: bool) -> None:
+def name_targets(config, scheme, packed: set[str], dense: set[str], conv1d: bool) -> None:
     """Its readers ask the tensors."""
 
 
@@ -147,7 +154,7 @@ def decode(tensors, name: str, config: dict) -> QuantizedWeight:
     Raises:
         UserError: the tensors contradict the config.
     """
-    grid = grid_of(config)
+    grid = scheme_of(config).of(name)
     codes = unpack_bits(tensors[f"{name}.qweight"].T, grid.bits)
     scale = tensors[f"{name}.scales"].T
     rows, columns = codes.shape
@@ -181,11 +188,12 @@ def shape(tensors: Mapping, name: str, grid: Grid) -> tuple[int, int]:
     return rows, words * 32 // grid.bits
 
 
-def describe(grid: Grid) -> str:
-    return f"gptq, {grid.bits} bits, {describe_grid(grid)}"
+def describe(scheme: Scheme) -> str:
+    return f"gptq, {describe_grids(scheme.grids)}"
 
 
-def readers(grid: Grid, family: str, fault: str | None) -> str:
+def readers(scheme: Scheme, family: str, fault: str | None) -> str:
+    (grid,) = scheme.grids
     served = {4: "vLLM (on a GPU, or a CPU with AVX-512), ", 8: "vLLM on a GPU, "}
     served = served.get(grid.bits, "") if family in IN_VLLM and grid.symmetric else ""
     known = "GPTQModel where its kernels know the width"

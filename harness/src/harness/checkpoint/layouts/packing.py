@@ -121,7 +121,11 @@ def check_scales_fit(name: str, matrix: torch.Tensor, grid: Grid) -> None:
         )
 
 
-def describe_grid(grid: Grid) -> str:
-    """Its groups and whether it is symmetric, for people."""
-    group = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
-    return f"{group}, {'symmetric' if grid.symmetric else 'asymmetric'}"
+def describe_grids(grids: list[Grid]) -> str:
+    """Their bits and groups, for people."""
+    told = []
+    for grid in grids:
+        group = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+        kind = "symmetric" if grid.symmetric else "asymmetric"
+        told.append(f"{grid.bits} bits, {group}, {kind}")
+    return "; ".join(told)

@@ -35,7 +35,8 @@ def lines(cut: Cut, index: int | None) -> list[Line]:
     return found
 
 
-def score(
+# One pass, in its order.
+def score(  # noqa: C901
     decoder: Decoder,
     cut: Cut,
     windows: torch.Tensor | None,
