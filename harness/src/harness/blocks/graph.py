@@ -5,11 +5,11 @@ Found from tensors, whatever the family, by running the block on one token per w
 attention hands its values on:
 
 - a norm, where its output is the stage's input;
-- else a linear. Every row r of its output gets a gain g_r, which is one. Channel c of the input x
+- else a linear, seen where every linear gives free numbers z (probe.py). Channel c of the input x
   is row r times what does not depend on it where the slope of the channels' sum is the channel
-  itself, d(Σ x)/d g_r = m x_c on every token (Euler: x_c is homogeneous in row r, of degree one; m
-  channels hold the same, as the query heads of one key do). Values behind attention are such rows,
-  what a ReLU passes, the plain half of a gated product; not what a GELU bends.
+  itself, z_r d(Σ x)/d z_r = m x_c on every token (Euler: x_c is homogeneous in row r, of degree
+  one; m channels hold the same, as the query heads of one key do). Values behind attention are such
+  rows, what a ReLU passes, the plain half of a gated product; not what a GELU bends.
 
 What is found is proved on windows of several tokens: with random scales folded the block's output
 stays. A producer that something else reads too (a router beside experts) is refuted so.
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from harness.blocks.decoder import Decoder
+from harness.blocks.probe import FreeRun, free_run
 from harness.modules import get_matrix, is_linear, set_matrix
 
 WINDOWS, TOKENS = 12, 16
@@ -50,15 +51,17 @@ class Producer:
 
 
 class Watch:
-    """What ``modules`` read and write in forwards, and which of them are norms of ``width``."""
+    """What ``modules`` read and write in forwards, and which of them are norms of ``width``
+    (of any, without)."""
 
-    def __init__(self, modules: dict[str, nn.Module], width: int):
+    def __init__(self, modules: dict[str, nn.Module], width: int | None = None):
         self.linears = {n: m for n, m in modules.items() if is_linear(m)}
         self.norms = {
             name: module
             for name, module in modules.items()
             if name not in self.linears and not list(module.children())
-            and getattr(module, "weight", None) is not None and module.weight.shape == (width,)
+            and getattr(module, "weight", None) is not None
+            and module.weight.dim() == 1 and width in (None, len(module.weight))
         }  # fmt: skip
         self.read: dict[str, torch.Tensor] = {}
         self.written: dict[str, torch.Tensor] = {}
@@ -91,7 +94,12 @@ def find(decoder: Decoder, index: int, stages: list[list[str]]) -> list[Producer
     decoder.embed(torch.zeros(WINDOWS, 1, dtype=torch.long))
     width = decoder.config.get_text_config().hidden_size
     hidden = _random(WINDOWS, 1, width).to(decoder.device)
-    graph = [_producer(decoder, index, hidden, stages, number) for number in range(len(stages))]
+    watch = Watch({n: m for n, m in decoder.blocks[index].named_modules() if n})
+    try:
+        run = free_run(decoder, index, hidden)
+        graph = [_producer(run, watch, names) for names in stages]
+    finally:
+        watch.close()
     changes = prove(decoder, index, stages, graph)
     return [
         _with_shift(decoder, index, names, found) if found and change <= PROVED else None
@@ -187,63 +195,18 @@ def _with_shift(decoder: Decoder, index: int, names, producer: Producer) -> Prod
     return Producer(producer.kind, producer.name, producer.rows, producer.offset, takes)
 
 
-def _producer(decoder, index, hidden, stages, number) -> Producer | None:
-    block = decoder.blocks[index]
-    width = get_matrix(block.get_submodule(stages[number][0])).shape[1]
-    watch = Watch({n: m for n, m in block.named_modules() if n}, width)
-    try:
-        with torch.no_grad():
-            decoder.forward(index, hidden)
-    finally:
-        watch.close()
-    first = stages[number][0]
-    if norm := watch.fed_by(first):
+def _producer(run: FreeRun, watch: Watch, names: list[str]) -> Producer | None:
+    if norm := watch.fed_by(names[0]):
         return Producer("norm", norm, offset=offset_of(watch.norms[norm]))
-    x = watch.read[first].reshape(-1, width)
-    for name in (n for names in stages[:number] for n in names):
-        slopes = _slopes(decoder, index, hidden, first, name)
-        rows = None if slopes is None else _rows(x, slopes)
+    x = run.inputs[names[0]].reshape(-1, run.inputs[names[0]].shape[-1])
+    for name in run.feeders(names[0]):
+        free = run.outputs[name]
+        (slopes,) = torch.autograd.grad(x.sum(), free, retain_graph=True)
+        slopes = (slopes * free).reshape(-1, free.shape[-1]).detach()
+        rows = _rows(x.detach(), slopes) if len(slopes) == len(x) == WINDOWS else None
         if rows is not None:
             return Producer("linear", name, rows)
     return None
-
-
-class _Reached(Exception):
-    pass
-
-
-def _slopes(decoder, index, hidden, reader: str, name: str) -> torch.Tensor | None:
-    """d(Σ over channels of what ``reader`` reads) / d(gain of every row of ``name``), [N, R]; None
-    where the one does not depend on the other."""
-    block = decoder.blocks[index]
-    rows = len(get_matrix(block.get_submodule(name)))
-    gains = torch.ones(len(hidden), rows, device=hidden.device, requires_grad=True)
-    read = {}
-
-    def scale(_, args, output):
-        return (output.reshape(-1, rows) * gains).reshape(output.shape)
-
-    def stop(_, args):
-        read["x"] = args[0]
-        raise _Reached
-
-    hooks = [
-        block.get_submodule(name).register_forward_hook(scale),
-        block.get_submodule(reader).register_forward_pre_hook(stop),
-    ]
-    decoder.differentiable = True
-    try:
-        with torch.enable_grad():
-            decoder.forward(index, hidden)
-    except _Reached:
-        pass
-    finally:
-        decoder.differentiable = False
-        for hook in hooks:
-            hook.remove()
-    if not read["x"].requires_grad:
-        return None
-    return torch.autograd.grad(read["x"].sum(), gains, allow_unused=True)[0]
 
 
 def _rows(x: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor | None:

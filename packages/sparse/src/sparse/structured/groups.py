@@ -1,7 +1,7 @@
 """Which rows and columns of a block can only go together (LLM-Pruner, arXiv 2305.11627, 3.1).
 
 No table per family. Every linear of the block is made to return free numbers, and the block's own
-derivatives say what is read by what:
+derivatives say what is read by what (harness.blocks.probe):
 
 - a linear whose input depends on the block's input reads the residual stream (q, k, v, gate, up);
 - one whose input does not is an inner one (o, down), fed by those whose free numbers reach it;
@@ -23,6 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.blocks.decoder import Decoder
+from harness.blocks.probe import FreeRun, free_run
 from harness.checkpoint import nonuniform
 from harness.errors import UserError
 from harness.modules import get_matrix, linears
@@ -76,13 +77,9 @@ def find(decoder: Decoder, index: int) -> Structure:
     block = decoder.load(index)
     widest = max(sum(get_matrix(m).shape) for m in linears(block).values())
     batch = max(1, min(PROBE_ELEMENTS // (TOKENS * widest), widest))
-    decoder.differentiable = True
     try:
-        hidden = embed_something(decoder, batch).detach().requires_grad_()
-        inputs, outputs = _free_run(decoder, index, block, hidden)
-        return _follow(block, hidden, inputs, outputs)
+        return _follow(free_run(decoder, index, embed_something(decoder, batch)))
     finally:
-        decoder.differentiable = False
         decoder.release(index)
 
 
@@ -92,55 +89,20 @@ def embed_something(decoder: Decoder, batch: int) -> torch.Tensor:
     return decoder.embed(torch.arange(batch * TOKENS).view(batch, TOKENS) % vocabulary)
 
 
-def _free_run(decoder, index, block, hidden):
-    """Run the block with every linear returning free numbers; inputs and these, by name.
-
-    They are positive, so that no ReLU hides a row.
-    """
-    inputs, outputs = {}, {}
-    generator = torch.Generator(hidden.device).manual_seed(0)
-
-    def replace(name, module):
-        width = get_matrix(module).shape[0]
-
-        def free(x):
-            inputs[name] = x
-            z = torch.rand(*x.shape[:-1], width, generator=generator, device=x.device)
-            outputs[name] = (z + 0.5).to(x.dtype).requires_grad_()
-            return outputs[name].clone()  # some blocks add to it in place
-
-        module.forward = free
-
-    for name, module in linears(block).items():
-        replace(name, module)
-    try:
-        decoder.forward(index, hidden)
-    finally:
-        for module in linears(block).values():
-            vars(module).pop("forward", None)
-    return inputs, outputs
-
-
-def _follow(block, hidden, inputs, outputs) -> Structure:
-    readers, groups, left = [], [], {}
-    feeders: dict[str, list[str]] = {}
-    for name, x in inputs.items():
-        leaves = [hidden, *outputs.values()]
-        reached = [False] * len(leaves)
-        if x.requires_grad:
-            found = torch.autograd.grad(x.sum(), leaves, retain_graph=True, allow_unused=True)
-            reached = [gradient is not None for gradient in found]
-        if reached[0] or not any(reached):
+def _follow(run: FreeRun) -> Structure:
+    readers, writers, groups, left = [], [], [], {}
+    for name, x in run.inputs.items():
+        feeders = run.feeders(name)
+        if not feeders:
             readers.append(name)
+            continue
+        writers.append(name)
+        fed = _groups(name, x, {n: run.outputs[n] for n in feeders}, len(run.hidden))
+        if isinstance(fed, Groups):
+            groups.append(fed)
         else:
-            feeders[name] = [n for n, r in zip(outputs, reached[1:], strict=True) if r]
-    for name, names in feeders.items():
-        found = _groups(name, inputs[name], {n: outputs[n] for n in names}, len(hidden))
-        if isinstance(found, Groups):
-            groups.append(found)
-        else:
-            left[name] = found
-    return Structure(groups, readers, list(feeders), left)
+            left[name] = fed
+    return Structure(groups, readers, writers, left)
 
 
 def _groups(name: str, x: torch.Tensor, leaves: dict[str, torch.Tensor], batch: int):
