@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 import families
+from harness.checkpoint import load
 from harness.data import example_sets, stdlib
 from harness.data.instructions import alpaca_prompt
 from harness.errors import UserError
@@ -34,8 +35,7 @@ def pair(prompt, response):
 
 
 def test_labels_are_the_response_and_the_end(tokenizer):
-    # In the second pair a token would span the border ("return" is one).
-    pairs = [pair("def add(left", ", right):\n    return left"), pair("    ret", "urn number")]
+    pairs = [pair("def add(left", ", right):\n    return left"), pair("left", "ü")]
     found = example_sets.examples(tokenizer, pairs, **LIMITS)
     batch = batching.collate([found[0], found[1]], pad=tokenizer.eos_token_id)
     assert batch["input_ids"].dtype == torch.long and batch["read"] == sum(found.lengths)
@@ -53,6 +53,26 @@ def test_labels_are_the_response_and_the_end(tokenizer):
             int(i < found.lengths[row]) for i in range(len(ids))
         ]
     assert batch["tokens"] == int((batch["labels"] != batching.IGNORED).sum())
+
+
+def test_prompt_and_response_are_one_text():
+    """Tokens as a model will read them; one that spans the border is predicted."""
+    tokenizer = load.load_tokenizer(load.resolve("tiny-llama"))
+    cases = {
+        ("def ad", "d(a, b): pass"): "Ġadd",
+        ("x = ", " 3"): "ĠĠ",
+        ("Answer:\n", "\n\nyes"): "ĊĊĊ",
+        ("    ret", "urn number"): "return",
+        ("def add", "(a, b): pass"): "(",
+    }
+    encoded = example_sets.encode(tokenizer, *map(list, zip(*cases, strict=True)))
+    for (texts, first), (prompt, answer) in zip(cases.items(), encoded, strict=True):
+        ids = tokenizer("".join(texts))["input_ids"]
+        assert prompt + answer == [*ids, tokenizer.eos_token_id]
+        assert tokenizer.convert_ids_to_tokens(answer[0]) == first
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        next(example_sets.encode(tokenizer, ["a"], ["b"]))
 
 
 def test_what_is_left_out_or_cut_is_counted(tokenizer, capsys):

@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 
 import torch
@@ -110,21 +110,24 @@ def _pairs(path: Path, generated: bool, tokenizer) -> Iterator[dict[str, str]]:
 
 
 def encode(tokenizer, prompts: list[str], responses: list[str]) -> Iterator[tuple[list, list]]:
-    """(prompt ids, response ids with the end token) of each pair.
+    """(prompt ids, response ids with the end token) of each pair, together the tokens of prompt and
+    response as one text, which is what a model will read.
 
-    Prompt and response are encoded together where the result begins with the prompt's own tokens,
-    and apart where a token would span the border: the prompt is then what generation starts from.
+    The response begins at the first token that is not the prompt's own: where a token spans the
+    border it is predicted, since it carries the first characters of the response.
+
+    Raises:
+        UserError: the tokenizer has no end token.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError("the tokenizer has no end-of-sequence token; responses would never end.")
     joined = [p + r for p, r in zip(prompts, responses, strict=True)]
-    rows = zip(prompt_ids(tokenizer, prompts), _ids(tokenizer, joined), responses, strict=True)
-    for prompt, both, response in rows:
-        answer = both[len(prompt) :]
-        if both[: len(prompt)] != prompt:
-            answer = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-        yield prompt, answer if answer[-1:] == [end] else [*answer, end]
+    for alone, ids in zip(prompt_ids(tokenizer, prompts), _ids(tokenizer, joined), strict=True):
+        both = ids if ids[-1:] == [end] else [*ids, end]
+        same = (a == b for a, b in zip(alone, both, strict=False))
+        border = sum(takewhile(bool, same))
+        yield both[:border], both[border:]
 
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -201,7 +204,8 @@ def examples(
                 yield (prompt + answer)[:max_length], first, start + i
 
     what = [json.dumps(pair, sort_keys=True) for pair in found]
-    key = [_tokenizer_text(tokenizer), max_length, max_prompt_length, whole, *what]
+    # Files of before tokens could span the border hold others.
+    key = ["one text", _tokenizer_text(tokenizer), max_length, max_prompt_length, whole, *what]
     made = _cached(rows, key)
     counts = made.counts
     if not len(made):
