@@ -26,6 +26,7 @@ WORDS = {
     "minillm.finetune": ["m", "--data", "d"],
     "minillm.generate": ["m", "--data", "d"],
     "sparse.llm_pruner": ["m"],
+    "sparse.recover": ["m", "--dataset", "d"],
     "sparse.magnitude": ["m"],
     "sparse.sparsegpt": ["m"],
     "sparse.wanda": ["m"],

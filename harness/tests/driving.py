@@ -35,8 +35,10 @@ def begun_at_once(*commands, cwd=None) -> list[tuple[int, str]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file below ``folder``, or this file, by its relative path, as a hash."""
-    files = sorted(p for p in (folder, *folder.rglob("*")) if p.is_file())
+    """Every file below ``folder``, or this file, by its relative path, as a hash; TensorBoard's
+    events, which hold times, are left out."""
+    below = [path for path in folder.rglob("*") if "tensorboard" not in path.parts]
+    files = sorted(path for path in (folder, *below) if path.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

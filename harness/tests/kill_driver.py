@@ -37,12 +37,14 @@ def drive(
     seed: int = 0,
     renames: list[int] | None = None,
     suffix: str = "",
+    forks_after_run: bool = True,
 ):
     """``run(out)`` makes a result and returns an exit code; without ``renames`` it is killed at
-    every one, or at some where they are many."""
+    every one, or at some where they are many. ``forks_after_run``: the first run is in this
+    process, so that the children inherit all imports; not for runs that leave a process group."""
     torch.set_num_threads(1)
-    # Here, so that the children inherit all imports.
-    code, count = counted(run, folder / f"straight{suffix}")
+    straight = folder / f"straight{suffix}"
+    code, count = counted(run, straight) if forks_after_run else (ended(child(run, straight)), 0)
     assert code == 0
     if renames is None:
         renames = [*range(count), -1] if count < 6 else [2, count - 1, -1]

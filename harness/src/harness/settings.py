@@ -28,6 +28,7 @@ REQUIRED = dataclasses.MISSING
 POSITIVE = (lambda value: 0 < value < inf, "expected a number above 0")
 NOT_NEGATIVE = (lambda value: 0 <= value < inf, "expected 0 or more")
 AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
+BELOW_1 = (lambda value: 0 <= value < 1, "expected 0 to below 1")
 SHARE = (lambda value: 0 <= value <= 1, "expected 0 to 1")
 
 # Flags of several commands, for :func:`flag` or `add_argument`.

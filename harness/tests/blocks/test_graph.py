@@ -142,6 +142,8 @@ def test_query_heads_of_one_key_share_a_scale(decoder):
     used = graph.fold(decoder.blocks[0], producers[1], stages[1], scale)
     torch.testing.assert_close(used[:8], (scale[:8] * scale[8:16]).sqrt())
     assert torch.equal(used[:8], used[8:16])
+    with pytest.raises(ValueError, match="v_proj takes no shift"):
+        graph.fold(decoder.blocks[0], producers[1], stages[1], scale, scale)
 
 
 @pytest.mark.parametrize("decoder", ["llama"], indirect=True)

@@ -179,7 +179,7 @@ def test_a_text_in_windows(tokenizer, tmp_path):
         ids[i : i + 16] for i in range(0, len(ids) - 15, 16)
     ]
     assert set(found.firsts) == {1}
-    with pytest.raises(UserError, match="less than one window of 9999"):
+    with pytest.raises(UserError, match="tokens fill 0 windows of 9999; use"):
         example_sets.windows(tokenizer, str(tmp_path / "text.txt"), length=9999)
 
 

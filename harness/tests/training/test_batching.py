@@ -31,6 +31,17 @@ def test_every_epoch_shows_every_example_once_however_it_is_dealt(monkeypatch):
     )
 
 
+def test_a_batch_that_does_not_fill_every_forward_is_shared_evenly(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    sizes, indices = [], []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        micro = batching.deal(list(range(7)), 0, Training(1e-3, 9, 2, 2, batch=7))
+        sizes += map(len, micro)
+        indices += [index for forward in micro for index in forward]
+    assert sorted(sizes) == [1, 2, 2, 2] and sorted(indices) == list(range(7))
+
+
 def test_padding_is_a_token_that_the_model_knows():
     added = SimpleNamespace(pad_token_id=4096, eos_token_id=2)
     assert batching.pad_id(added) == 2

@@ -56,12 +56,35 @@ def test_the_rate_warms_up_and_falls():
     assert rate(constant, 4) == pytest.approx(0.5) and rate(constant, 99) == 1
 
 
+def test_the_linear_rate_is_the_usual_one():
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    usual = get_linear_schedule_with_warmup(optimizer, 10, 100)
+    linear = Training(1e-3, 100, warmup=10, schedule="linear")
+    for step in range(100):
+        # Ours spends no step at rate zero: it is the usual one, a step ahead while it rises.
+        ahead = 0.1 if step < 10 else 0.0
+        assert rate(linear, step) == pytest.approx(usual.get_last_lr()[0] + ahead)
+        optimizer.step()
+        usual.step()
+
+
+def test_the_rate_follows_the_clock_where_time_is_short():
+    timed = Training(1e-3, 10_000, minutes=1, warmup=100, schedule="linear")
+    rates = [rate(timed, 3 * second, second / 60) for second in range(60)]
+    assert max(rates) == 1 and rates.index(1) == 6 and rates[3] == pytest.approx(0.5)
+    assert rates[33] == pytest.approx(0.5) and rates[59] < 0.05
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"learning_rate": 0}, "learning rate 0"),
         ({"learning_rate": float("nan")}, "learning rate nan"),
-        ({"schedule": "linear"}, "expected cosine or constant"),
+        ({"schedule": "steps"}, "expected cosine or linear or constant"),
+        ({"minutes": 0.0}, "0.0 minutes: expected a number above 0"),
         ({"zero": 4}, "ZeRO stage 4"),
         ({"accumulate": 0}, "accumulate 0: at least 1"),
     ],

@@ -64,6 +64,27 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(dtype, tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(stopped)
 
 
+def test_patience_ends_a_run_and_time_does(source, tmp_path):
+    values = [5.0, 4.0, 3.0, 3.5, 3.2, 9.0, 9.0, 9.0]
+
+    def evaluate(running, step):
+        return {"value": values[step // 2]}
+
+    how = {"evaluate": evaluate, "eval_steps": 2}
+    assert trainer_driver.main(source, tmp_path / "patient", patience=3, **how) == 0
+    patient = log(tmp_path / "patient")
+    assert [row["step"] for row in patient["looks"]] == [0, 2, 4, 6, 8, 10]
+    assert patient["written"] == {"step": 4}
+    assert trainer_driver.main(source, tmp_path / "timed", minutes=1e-9, eval_steps=None) == 0
+    assert [row["step"] for row in log(tmp_path / "timed")["looks"]] == [0]
+
+
+def test_looks_are_ten_where_nothing_is_said(source, tmp_path):
+    assert trainer_driver.main(source, tmp_path / "out", eval_steps=None) == 0
+    steps = [row["step"] for row in log(tmp_path / "out")["looks"]]
+    assert steps == [0, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12]
+
+
 def test_the_best_weights_are_written_and_their_value_is_theirs(source, tmp_path):
     values = {0: 3.0, 4: 9.0, 8: 2.0, 12: 5.0}
     looked = {}

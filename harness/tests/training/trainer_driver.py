@@ -32,7 +32,7 @@ def cross_entropy(running, ids):
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="sum")
 
 
-def main(source, out, zero=0, accumulate=2, fate=None, at=-1, dtype="auto", **more):
+def main(source, out, zero=0, accumulate=2, fate=None, at=-1, dtype="auto", minutes=None, **more):
     torch.set_num_threads(1)
     zero, accumulate, at = int(zero), int(accumulate), int(at)
     source, out = Path(source), Path(out)
@@ -55,7 +55,9 @@ def main(source, out, zero=0, accumulate=2, fate=None, at=-1, dtype="auto", **mo
     def body():
         engine.launch("cpu")
         size = WINDOWS // accumulate // distributed.world_size()
-        training = engine.Training(3e-3, STEPS, size, accumulate, warmup=2, zero=zero)
+        training = engine.Training(
+            3e-3, STEPS, size, accumulate, minutes=minutes, warmup=2, zero=zero
+        )
         with engine.group():
             loop.train(
                 load.load_model(source, dtype=dtype).train(),

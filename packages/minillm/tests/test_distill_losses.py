@@ -14,7 +14,6 @@ from torch.nn import functional as F
 import families
 from harness.losses import from_hidden
 from harness.losses.from_hidden import kd_from_hidden, over_models
-from minillm import losses
 from minillm.losses import LOSSES, ROWS
 
 
@@ -81,7 +80,7 @@ def test_the_mixture_is_the_originals_up_to_the_teachers_entropy(heads):
     teacher, student, mask = heads
     labels = torch.arange(18).reshape(2, 9)
     student[0].requires_grad_()
-    rows = partial(losses.mix_rows, kd_ratio=0.3)
+    rows = partial(from_hidden.mix_rows, kd_ratio=0.3)
     total, ce, divergence = kd_from_hidden(rows, teacher, student, mask, [labels], chunk=3)
     (total / 8).backward()
 
@@ -129,7 +128,9 @@ def test_a_models_loss_is_that_of_its_logits(family):
     found = {}
     for fused in (True, False):
         student.zero_grad()
-        parts = over_models(losses.mix_rows, teacher, student, inputs, mask, [labels], fused=fused)
+        parts = over_models(
+            from_hidden.mix_rows, teacher, student, inputs, mask, [labels], fused=fused
+        )
         parts[0].backward()
         grads = {name: p.grad.clone() for name, p in student.named_parameters()}
         found[fused] = parts.detach(), grads

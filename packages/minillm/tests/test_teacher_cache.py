@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.losses import from_hidden
 from harness.losses.divergence import kl_rows
 from harness.training import batching, cache_writer, teacher_cache
-from minillm import finetune, losses, models
+from minillm import finetune, models
 from minillm.cache_teacher import main
 
 TOP = 5
@@ -139,7 +139,9 @@ def test_kd_from_the_cache_is_kd_in_memory(place):
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     labels = [batch["labels"].clamp_min(0)]
     with torch.no_grad():
-        memory = from_hidden.over_models(losses.mix_rows, teacher, student, inputs, mask, labels)
+        memory = from_hidden.over_models(
+            from_hidden.mix_rows, teacher, student, inputs, mask, labels
+        )
         logits = [m(**inputs).logits[mask].double() for m in (teacher, student)]
     kept, lost = exact(*logits, TOP)
     torch.testing.assert_close(parts["ce"], memory[1])

@@ -42,12 +42,16 @@ def test_runs_killed_at_ten_moments(flags, inputs, tmp_path):
 
 
 def test_another_run_there_is_refused_by_name(inputs, tmp_path, monkeypatch, capsys):
-    from sparse import training
+    from harness.training import engine
 
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
+    real = engine.train_step
 
-    monkeypatch.setattr(training, "gradients", interrupted)
+    def interrupted(running, training, step, *more):
+        if step == 1:
+            raise KeyboardInterrupt
+        return real(running, training, step, *more)
+
+    monkeypatch.setattr(engine, "train_step", interrupted)
     words = [str(inputs[0]), "--dataset", str(inputs[1]), "--cutoff_len", "32"]
     words += ["--out", str(tmp_path / "out"), "--max_steps", "2"]
     assert main([*words]) == 130

@@ -17,7 +17,7 @@ stays. A producer that something else reads too (a router beside experts) is ref
 Legend: I channels of a stage's input; R rows of its producer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -119,12 +119,16 @@ def fold(
     linears ``names`` take it back. In float32, rounded once to each parameter's dtype.
 
     Args:
-        scale: [I], positive. shift: [I]; where the producer takes one, and it and all the linears
-            have biases.
+        scale: [I], positive. shift: [I]; where ``producer.takes_shift``.
 
     Returns:
         [I] float32, the scale really used: one for all channels of a row, their geometric mean.
+
+    Raises:
+        ValueError: a shift for a producer that takes none.
     """
+    if shift is not None and not producer.takes_shift:
+        raise ValueError(f"{producer.name} takes no shift: scales alone can be folded there")
     module = block.get_submodule(producer.name)
     bias = getattr(module, "bias", None)
     scale = scale.float().to(module.weight.device)
@@ -190,9 +194,10 @@ def _with_shift(decoder: Decoder, index: int, names, producer: Producer) -> Prod
     block = decoder.blocks[index]
     readers = [block.get_submodule(name) for name in names]
     biases = [getattr(m, "bias", None) for m in (block.get_submodule(producer.name), *readers)]
+    shifted = replace(producer, takes_shift=True)
     takes = all(b is not None for b in biases)
-    takes = takes and _change(decoder, index, names, producer, shifts=True) < PROVED
-    return Producer(producer.kind, producer.name, producer.rows, producer.offset, takes)
+    takes = takes and _change(decoder, index, names, shifted, shifts=True) < PROVED
+    return shifted if takes else producer
 
 
 def _producer(run: FreeRun, watch: Watch, names: list[str]) -> Producer | None:

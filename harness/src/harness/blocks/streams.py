@@ -105,7 +105,10 @@ class Streams:
         if shapes not in self._graphs:
             exact = self.decoder
             if exact.dtype != torch.float32:
-                exact = Decoder(exact.weights.folder, dtype=torch.float32, device=str(exact.device))
+                exact = Decoder(
+                    exact.weights.folder, dtype=torch.float32, device=str(exact.device),
+                    transform=exact.transform,
+                )  # fmt: skip
                 exact.load(index)
             self._graphs[shapes] = find(exact, index, self.stages(index, block))
         return self._graphs[shapes]

@@ -30,13 +30,15 @@ def command_line() -> str:
     return shlex.join([*words, *sys.argv[1:]])
 
 
-def training_step(method: str, settings, record: dict, *, nsamples: int, seqlen: int) -> dict:
-    """The step that a training command is: ``record`` of its settings (model, data and seed among
+def training_step(
+    method: str, settings, record: dict, *, dataset: str, nsamples: int, seqlen: int
+) -> dict:
+    """The step that a training command is: ``record`` of its settings (model and seed among
     them), and what it was trained on."""
     return {
         "method": method, "base": settings.model, "command": command_line(), "settings": record,
         "training": {
-            "dataset": settings.data, "nsamples": nsamples, "seqlen": seqlen,
+            "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen,
             "seed": settings.seed,
         },
     }  # fmt: skip

@@ -336,6 +336,23 @@ def context_length(config) -> int | None:
     return None
 
 
+def example_length(flag: str, asked: int | None, usual: int, *contexts: int | None) -> int:
+    """Tokens of an example at most: ``asked`` for by ``flag``, or by default ``usual`` or what the
+    models' contexts (:func:`context_length`) leave of it.
+
+    Raises:
+        UserError: a model's context is shorter than what was asked for.
+    """
+    context = min((c for c in contexts if c), default=None)
+    length = min(usual, context or usual) if asked is None else asked
+    if length < 2 or (context and length > context):
+        raise UserError(
+            f"{flag} {length}: expected 2 to {context or 'any number of'} tokens, the model's "
+            "context."
+        )
+    return length
+
+
 def window_length(config, seqlen: int | None = None) -> int:
     """`seqlen`, or by default the smaller of 2,048 and the model's context, as GPTQ has it.
 

@@ -109,6 +109,36 @@ def _pairs(path: Path, generated: bool, tokenizer) -> Iterator[dict[str, str]]:
             raise UserError(f"{place}: {files.columns(row)}; {expected}.") from error
 
 
+def read(
+    tokenizer,
+    dataset: str,
+    part: str,
+    *,
+    length: int,
+    limit: int | None = None,
+    alone: bool = False,
+    train_on_inputs: bool = False,
+) -> "Examples":
+    """Part "train" or "validation" of a text (:func:`windows`) or of instructions (:func:`pairs`,
+    :func:`examples`), ``length`` tokens an example at most and ``limit`` examples.
+
+    Args:
+        alone: the data serves for this part alone. train_on_inputs: prompts are predicted too.
+
+    Raises:
+        UserError: no such data, a row without prompt and response (with its line), nothing left.
+    """
+    if is_text(dataset):
+        return windows(tokenizer, dataset, length=length, limit=limit, part=part, alone=alone)
+    rows = sample(pairs(dataset, part, alone=alone, tokenizer=tokenizer), limit)
+    if not rows and not alone:
+        raise UserError(f"{dataset} is too small for a part that is held out; use more data.")
+    return examples(
+        tokenizer, rows, max_length=length, max_prompt_length=length - 1,
+        name=f"{dataset}, {part}", whole=train_on_inputs,
+    )  # fmt: skip
+
+
 def encode(tokenizer, prompts: list[str], responses: list[str]) -> Iterator[tuple[list, list]]:
     """(prompt ids, response ids with the end token) of each pair, together the tokens of prompt and
     response as one text, which is what a model will read.
@@ -264,7 +294,12 @@ def windows(
     made = _cached(rows, [_tokenizer_text(tokenizer), length, limit, part, dataset, text])
     name = f"{dataset}, {part}" if part else dataset
     if not len(made):
-        raise UserError(f"{name}: less than one window of {length} tokens; use more text.")
+        count = len(tokenizer(text, verbose=False)["input_ids"])
+        least = ", and two are the least" if part in ("train", "validation") else ""
+        raise UserError(
+            f"{name}: its {count} tokens fill {count // length} windows of {length}{least}; use "
+            "more text, or shorter windows."
+        )
     distributed.say(f"{name}: {len(made)} windows of {length} tokens")
     return made
 

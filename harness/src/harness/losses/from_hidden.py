@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness import distributed
-from harness.losses.divergence import CHUNK_ELEMENTS, LOG_ZERO, RowFunction, sum_over_rows
+from harness.losses.divergence import (
+    CHUNK_ELEMENTS,
+    LOG_ZERO,
+    RowFunction,
+    kl_rows,
+    sum_over_rows,
+)
 
 # What the models put out of a batch: hidden states [.., H], the head's weight [V, H] and bias [V].
 Head = tuple[Tensor, Tensor, Tensor | None]
@@ -29,6 +35,18 @@ Head = tuple[Tensor, Tensor, Tensor | None]
 def cross_entropy_rows(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
     """-log q(label) per row; labels int64 [R]."""
     return -log_q.gather(-1, labels[:, None])[:, 0]
+
+
+def mix_rows(
+    log_p: Tensor, log_q: Tensor, labels: Tensor, rows: RowFunction = kl_rows, kd_ratio: float = 0.5
+) -> Tensor:
+    """[R, 3]: (1 - kd_ratio) CE + kd_ratio rows, and its two parts.
+
+    With the forward KL the gradient is that of the original's soft cross entropy; the value is less
+    by the teacher's entropy, so that 0 means equal distributions.
+    """
+    ce, divergence = cross_entropy_rows(log_p, log_q, labels), rows(log_p, log_q)
+    return torch.stack([(1 - kd_ratio) * ce + kd_ratio * divergence, ce, divergence], -1)
 
 
 def kd_from_hidden(

@@ -44,11 +44,12 @@ def keep(model: nn.Module) -> None:
     distributed.say_once("this model was pruned: its zeros stay zeros in training")
 
 
-def ask_before_merging(model: nn.Module, named: str, fill: bool) -> None:
+def ask_before_merging(model: nn.Module, named: str, fill: bool, instead: str) -> None:
     """Before LoRA is added to ``model``, which merging it would fill.
 
     Raises:
-        UserError: it is a pruned one, and ``fill`` does not say that it may.
+        UserError: it is a pruned one, and ``fill`` does not say that it may. ``instead``: the
+            flags that train all weights.
     """
     masks = find(model)
     if not masks:
@@ -58,5 +59,6 @@ def ask_before_merging(model: nn.Module, named: str, fill: bool) -> None:
         return
     raise UserError(
         f"{named} is sparse ({len(masks)} of its matrices are), and merging LoRA would fill the "
-        "zeros; train all weights, which keeps them, or add --densify to fill them knowingly."
+        f"zeros; {instead}: training all weights keeps them; or add --densify to fill them "
+        "knowingly."
     )

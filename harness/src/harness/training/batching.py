@@ -4,6 +4,7 @@ Legend: B examples in a micro-batch, T tokens of the longest of them.
 """
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -45,7 +46,8 @@ def order(count: int, seed: int, epoch: int) -> list[int]:
 
 def batch_size(training: engine.Training) -> int:
     """Examples per optimizer step, over all ranks."""
-    return training.micro_batch * training.accumulate * distributed.world_size()
+    full = training.micro_batch * training.accumulate * distributed.world_size()
+    return training.batch or full
 
 
 def deal(lengths: list[int], step: int, training: engine.Training) -> list[list[int]]:
@@ -58,8 +60,9 @@ def deal(lengths: list[int], step: int, training: engine.Training) -> list[list[
     places = (divmod(place, count) for place in range(step * batch, (step + 1) * batch))
     chosen = [order(count, training.seed, epoch)[index] for epoch, index in places]
     chosen.sort(key=lambda index: (-lengths[index], index))
-    size = training.micro_batch
-    micro = [chosen[start : start + size] for start in range(0, batch, size)]
+    forwards = training.accumulate * distributed.world_size()
+    edges = [batch * number // forwards for number in range(forwards + 1)]
+    micro = [chosen[start:end] for start, end in pairwise(edges)]
     return micro[distributed.rank() :: distributed.world_size()]
 
 

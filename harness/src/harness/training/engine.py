@@ -1,6 +1,6 @@
 """Training on DeepSpeed: its launch, its engine and its quirks, in one place.
 
-A trainer of the house is a loop over global batches (trainer.py is that loop):
+A trainer of the house is a loop over global batches (loop.py is that loop):
 
     device = launch(device)
     engine = start(model, training)
@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from math import cos, isfinite, pi
+from math import cos, inf, isfinite, pi
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,8 @@ import torch.distributed as dist
 from harness import distributed, precision
 from harness.errors import UserError
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "linear", "constant")
+WARMUP_SHARE = 0.1  # of a run with a time limit, at most
 DIVERGED = (
     ": training diverged; lower the learning rate (with --no-resume), or use --dtype float32."
 )
@@ -47,8 +48,10 @@ class Training:
 
     Attributes:
         learning_rate: the peak. steps: optimizer steps in all; warmup: the first of them, linear.
-        schedule: after the warmup "cosine", down to ``min_rate``, or "constant".
+        schedule: after the warmup "cosine" or "linear", down to ``min_rate``, or "constant".
         micro_batch: sequences per forward and rank. accumulate: forwards per optimizer step.
+        batch: sequences per optimizer step over all ranks, where they do not fill every forward.
+        minutes: of the run, at most: the schedule then follows the clock, too.
         weight_decay: of matrices; vectors (norms, biases) have none.
         zero: DeepSpeed's ZeRO stage, 0 to 3; 16-bit weights have 1 at least.
         offload: optimizer states, and weights at stage 3, in CPU memory.
@@ -58,6 +61,8 @@ class Training:
     steps: int
     micro_batch: int = 1
     accumulate: int = 1
+    batch: int | None = None
+    minutes: float | None = None
     warmup: int = 0
     schedule: str = "cosine"
     min_rate: float = 0.0
@@ -81,20 +86,30 @@ class Training:
             value = getattr(self, name)
             if value < 0 or not isfinite(value):
                 raise UserError(f"{name.replace('_', ' ')} {value}: expected 0 or more.")
+        if self.minutes is not None and not 0 < self.minutes < inf:
+            raise UserError(f"{self.minutes} minutes: expected a number above 0.")
         for name in ("steps", "micro_batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', ' ')} {getattr(self, name)}: at least 1.")
 
 
-def rate(training: Training, step: int) -> float:
-    """The learning rate at optimizer step ``step`` (from 0), as a share of the peak."""
-    if step < training.warmup:
-        return (step + 1) / training.warmup
+def rate(training: Training, step: int, spent: float = 0.0) -> float:
+    """The learning rate at optimizer step ``step`` (from 0), as a share of the peak.
+
+    Args:
+        spent: the share of a time limit that is gone, 0 without one. The schedule stands where the
+            further of the two is, steps or time; the warmup takes a tenth of the time at most.
+    """
+    if step < training.warmup and spent < WARMUP_SHARE:
+        return max((step + 1) / training.warmup, spent / WARMUP_SHARE)
     if training.schedule == "constant":
         return 1.0
     low = training.min_rate / training.learning_rate
-    done = (step - training.warmup) / max(1, training.steps - training.warmup)
-    return low + (1 - low) * 0.5 * (1 + cos(pi * min(1.0, done)))
+    first = training.steps * WARMUP_SHARE if training.minutes else training.warmup
+    done = (max(step, spent * training.steps) - first) / max(1, training.steps - first)
+    done = min(1.0, max(0.0, done))
+    fallen = 1 - done if training.schedule == "linear" else 0.5 * (1 + cos(pi * done))
+    return low + (1 - low) * fallen
 
 
 def launch(device: str) -> str:
@@ -168,9 +183,9 @@ def memory_knobs():
     except torch.OutOfMemoryError as error:
         found = ". ".join(" ".join(str(error).split()).split(". ")[:2])
         raise UserError(
-            f"{found}: fewer examples per forward (--batch-size, --per_device_train_batch_size) "
-            "with more --gradient-accumulation-steps take less memory, and so do "
-            "--gradient-checkpointing, --zero 3 on several GPUs, and --offload."
+            f"{found}: fewer examples per forward (--batch-size, --micro_batch_size, "
+            "--per_device_train_batch_size) with more --gradient-accumulation-steps take less "
+            "memory, and so do --gradient-checkpointing, --zero 3 on several GPUs, and --offload."
         ) from error
 
 
@@ -196,7 +211,6 @@ def start(model: torch.nn.Module, training: Training):
         [group for group in groups if group["params"]], lr=training.learning_rate,
         betas=training.betas, eps=training.eps,
     )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(training, step))
     short = dtype != torch.float32
     # DeepSpeed's own optimizer for 16-bit weights without ZeRO strays from float32's way three
     # times as far as the one of stage 1 (measured), which for one process is no other thing.
@@ -220,9 +234,8 @@ def start(model: torch.nn.Module, training: Training):
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     with redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=config,
-            dist_init_required=False,
-        )  # fmt: skip
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
     return engine
 
 
@@ -232,12 +245,14 @@ def train_step(
     step: int,
     batches: list[dict],
     loss_of: Callable[[dict], tuple[torch.Tensor, dict]],
+    spent: float = 0.0,
 ) -> dict[str, float]:
     """One optimizer step over this rank's ``accumulate`` micro-batches.
 
     Args:
         batches: each with "tokens", the number of tokens that its loss sums over.
         loss_of: batch -> (sum of the losses of its tokens, {name: another such sum to report}).
+        spent: as for :func:`rate`.
 
     Returns:
         "loss" and what was reported, per token over all ranks.
@@ -246,6 +261,8 @@ def train_step(
         Diverged: the loss is not finite.
     """
     seed(training, step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = training.learning_rate * rate(training, step, spent)
     tokens = distributed.sum_number(float(sum(batch["tokens"] for batch in batches)))
     share = len(batches) * distributed.world_size() / max(tokens, 1.0)
     sums: dict[str, float] = {}

@@ -29,6 +29,7 @@ from harness.training.engine import Diverged, Training
 from harness.training.meter import Meter
 
 Finished = torch.nn.Module | tuple[torch.nn.Module, save.Side]
+LOOKS = 10  # in all, where nothing else is said
 BETTER = {"lower": lambda new, old: new < old, "higher": lambda new, old: new > old}
 
 
@@ -44,6 +45,10 @@ class Progress:
     since_look: dict[str, float] = field(default_factory=dict)
     steps_since_look: int = 0
     rows: list[dict] = field(default_factory=list)
+
+    def stale(self, patience: int) -> bool:
+        """Whether the last ``patience`` looks, if that is not 0, brought nothing better."""
+        return 0 < patience <= sum(row["step"] > (self.best_step or 0) for row in self.rows)
 
 
 # The loop, read from top to bottom; what a run consists of, by name.
@@ -61,10 +66,12 @@ def train(  # noqa: C901, PLR0913
     evaluate: Callable | None = None,
     better: str = "lower",
     eval_steps: int | None = None,
+    patience: int = 0,
     save_steps: int | None = None,
     boundary: Callable[[int], bool] | None = None,
     stored: list[str] | None = None,
     finish: Callable[[dict[str, torch.Tensor]], Finished] | None = None,
+    keep_zeros: bool = True,
     resume: bool = True,
     overwrite: bool = False,
 ) -> dict:
@@ -82,15 +89,17 @@ def train(  # noqa: C901, PLR0913
         source: the folder of the checkpoint that the model came from.
         evaluate: (engine, step) -> {"value": ..., and what is to be logged, if it is not that},
             equal on all ranks, the model being in eval mode. Called at the start, every
-            ``eval_steps`` and at the end; the best value's weights are written. Without it the last
-            weights are.
+            ``eval_steps`` (default: ten times in all) and at the end; the best value's weights are
+            written. Without it the last weights are.
         better: "lower" or "higher" values.
-        save_steps: steps between saved states (default: ``eval_steps``).
+        patience: end after so many looks without a better value; 0: never.
+        save_steps: steps between saved states (default: one at each look).
         boundary: whether a state may be saved after so many steps; it waits until one may.
         stored: the trained parameters that the result holds as they are (default: all).
         finish: trained tensors by parameter name, on the CPU -> the model to be written, or it and
             files beside it, on rank 0, in the dtype of ``source`` (default: ``source`` with them
             put in).
+        keep_zeros: a pruned model's zeros stay zeros.
 
     Returns:
         rows (a look each), best, best_step, steps, tokens, seconds.
@@ -104,11 +113,17 @@ def train(  # noqa: C901, PLR0913
     stored = trained if stored is None else stored
     mode, dtype = model.training, Weights(source).dtype
     step_entry |= {"dtype": precision.record(next(model.parameters()).dtype, dtype)}
-    masks.keep(model)
+    if keep_zeros:
+        masks.keep(model)
     running = engine.start(model, training)
     progress = run.load(running)
     clock = time.perf_counter() - progress.seconds
-    every = save_steps or eval_steps
+
+    def spent() -> float:
+        """The share of a time limit that is gone, the same on every rank."""
+        seconds = time.perf_counter() - clock
+        limit = training.minutes
+        return distributed.broadcast_object(seconds / (60 * limit)) if limit else 0.0
 
     def look():
         if evaluate:
@@ -127,17 +142,17 @@ def train(  # noqa: C901, PLR0913
     running.train(mode)
     meter = Meter(step_entry["method"], training.steps, progress.step, progress.tokens)
     log = run.events(progress.step)
-    waiting = False
-    while progress.step < training.steps:
+    waiting, gone = False, spent()
+    while progress.step < training.steps and gone < 1 and not progress.stale(patience):
         batch = batches(progress.step)
         try:
             means = engine.train_step(
-                running, training, progress.step, batch, lambda b: loss_of(running, b)
+                running, training, progress.step, batch, lambda b: loss_of(running, b), gone
             )
         except Diverged as error:
             run.save_batch(progress.step, batch, error)
             raise
-        rate = training.learning_rate * engine.rate(training, progress.step)
+        rate = training.learning_rate * engine.rate(training, progress.step, gone)
         read = sum(b.get("read", b["tokens"]) for b in batch)
         progress.tokens += int(distributed.sum_number(float(read)))
         progress.step += 1
@@ -146,13 +161,15 @@ def train(  # noqa: C901, PLR0913
             progress.since_look[name] = progress.since_look.get(name, 0.0) + value
         meter.show(progress.step, means, rate, progress.tokens)
         log({f"train/{k}": v for k, v in means.items()} | {"train/lr": rate}, progress.step)
-        last = progress.step == training.steps
-        if (eval_steps and progress.step % eval_steps == 0) or last:
+        before, gone = gone, spent()
+        last = progress.step == training.steps or gone >= 1
+        due = _due(training, progress.step, eval_steps, before, gone)
+        if due or last:
             look()
             if evaluate:
                 shown = progress.rows[-1]
                 log({f"eval/{k}": v for k, v in shown.items() if k != "step"}, progress.step)
-        waiting |= bool(every and progress.step % every == 0)
+        waiting |= progress.step % save_steps == 0 if save_steps else due
         if waiting and not last and (boundary is None or boundary(progress.step)):
             save_state()
             waiting = False
@@ -181,6 +198,15 @@ def put_in(model, tensors: dict[str, torch.Tensor]):
     for name, tensor in tensors.items():
         model.get_parameter(name).copy_(tensor)
     return model
+
+
+def _due(training: Training, step: int, every: int | None, before: float, gone: float) -> bool:
+    """Whether a look follows the ``step``-th step, during which the share of the time limit that
+    was gone went from ``before`` to ``gone``."""
+    if every:
+        return step % every == 0
+    shares = (max((step - 1) / training.steps, before), max(step / training.steps, gone))
+    return int(LOOKS * shares[0]) < int(LOOKS * shares[1])
 
 
 def _look(run, running, trained, progress: Progress, values: dict, better: str) -> None:

@@ -4,18 +4,15 @@ underscores, or with hyphens. No torch up here."""
 import argparse
 from dataclasses import dataclass
 
-import harness.settings
+import harness.training.flags
 from harness.settings import AT_LEAST_1, REQUIRED, flag
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared(harness.settings.Shared):
+class Shared(harness.training.flags.Shared):
     """shared by all commands"""
 
     SEPARATORS = ("_", "-")
-
-    # The deepspeed launcher hands this to every process, which has it from its environment too.
-    local_rank: int | None = flag(None, argparse.SUPPRESS)
 
 
 def _yes(text: str) -> bool:

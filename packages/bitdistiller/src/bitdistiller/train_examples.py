@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 from bitdistiller import flags
-from harness.checkpoint.load import context_length
+from harness.checkpoint.load import context_length, example_length
 from harness.data import example_sets
 from harness.data.example_sets import Examples
-from harness.errors import UserError
 from harness.training import batching
 
 LONGEST = 1024
@@ -14,14 +13,7 @@ LONGEST = 1024
 
 def length(asked: int | None, config) -> int:
     """--model_max_length, for a model with this transformers config."""
-    context = context_length(config)
-    longest = min(LONGEST, context or LONGEST) if asked is None else asked
-    if longest < 2 or (context and longest > context):
-        raise UserError(
-            f"--model_max_length {longest}: expected 2 to {context or 'any number of'} tokens, the "
-            "model's context."
-        )
-    return longest
+    return example_length("--model_max_length", asked, LONGEST, context_length(config))
 
 
 def read(settings: flags.Data, tokenizer, longest: int, part: str, alone: bool = False) -> Examples:
@@ -34,20 +26,10 @@ def read(settings: flags.Data, tokenizer, longest: int, part: str, alone: bool =
         UserError: no such data, a row without prompt and response (with its line), nothing left.
     """
     training = part == "train"
-    dataset = settings.data if training else settings.eval_data or settings.data
-    limit = settings.max_train_samples if training else settings.max_eval_samples
-    if example_sets.is_text(dataset):
-        return example_sets.windows(
-            tokenizer, dataset, length=longest, limit=limit, part=part, alone=alone
-        )
-    found = example_sets.sample(
-        example_sets.pairs(dataset, part, alone=alone, tokenizer=tokenizer), limit
-    )
-    if not found and not alone:
-        raise UserError(f"{dataset} is too small for a part that is held out; give --eval_data.")
-    return example_sets.examples(
-        tokenizer, found, max_length=longest, max_prompt_length=longest - 1,
-        name=f"{dataset}, {part}", whole=settings.train_on_inputs,
+    return example_sets.read(
+        tokenizer, settings.data if training else settings.eval_data or settings.data, part,
+        length=longest, alone=alone, train_on_inputs=settings.train_on_inputs,
+        limit=settings.max_train_samples if training else settings.max_eval_samples,
     )  # fmt: skip
 
 

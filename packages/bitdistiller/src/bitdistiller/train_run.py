@@ -104,7 +104,8 @@ def run(settings) -> dict | None:
     return loop.train(
         pupil.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
         step_entry=card.training_step(
-            "bitdistiller", settings, recorded, nsamples=len(examples), seqlen=longest
+            "bitdistiller", settings, recorded, dataset=settings.data, nsamples=len(examples),
+            seqlen=longest,
         ), source=source,
         evaluate=_evaluate(
             settings, look_at, tokenizer, validation.label_loss if stored else objective

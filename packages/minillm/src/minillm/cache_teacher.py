@@ -77,7 +77,7 @@ def run(settings: Settings) -> dict | None:
     from harness.checkpoint.load import context_length
     from harness.checkpoint.weights import Weights
     from harness.data import example_sets
-    from harness.training import batching, cache_writer
+    from harness.training import batching, cache_writer, distillation
     from minillm import finetune_run, models
 
     settings = settings.completed()
@@ -89,9 +89,11 @@ def run(settings: Settings) -> dict | None:
     vocabulary = configs[0].get_text_config().vocab_size
     if settings.student:
         configs.append(load.load_config(load.resolve(settings.student)))
-        vocabulary = models.shared_columns(settings.model, settings.student)
+        vocabulary = distillation.shared_columns(settings.model, settings.student)
     longest, longest_prompt = flags.lengths(settings, *map(context_length, configs))
-    pairs = finetune_run.pairs(settings, "train", tokenizer, generated=settings.type == "seqkd")
+    pairs = finetune_run.pairs(
+        settings, "train", tokenizer, generated=settings.type == "seqkd", cached=True
+    )
     examples = example_sets.examples(
         tokenizer, pairs, max_length=longest, max_prompt_length=longest_prompt,
         name=f"{settings.data}, train",

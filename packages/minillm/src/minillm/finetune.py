@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness import cli
 from harness.settings import SHARE, flag, make_parser, refuse, word
+from harness.training.flags import Engine
 from minillm import flags, presets
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
@@ -64,7 +65,7 @@ class Schedule(flags.Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Towards, flags.Data, Schedule, flags.Engine, flags.Peft, flags.Shared):
+class Settings(Towards, flags.Data, Schedule, Engine, flags.Peft, flags.Shared):
     """Fine-tune a causal language model on instructions: SFT, word-level (kd) or sequence-level
     (seqkd) distillation. The result is an ordinary checkpoint, the best seen.
     """

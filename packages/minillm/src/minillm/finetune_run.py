@@ -18,7 +18,7 @@ from harness.generation import responses
 from harness.losses import from_hidden
 from harness.metrics.footprint import stored_size
 from harness.settings import record
-from harness.training import batching, engine, loop, teacher_cache, validation
+from harness.training import batching, distillation, engine, loop, teacher_cache, validation
 from harness.training.cost import training_cost
 from minillm import align, flags, losses, models, packing
 
@@ -48,7 +48,9 @@ def run(settings) -> dict | None:
     if settings.teacher:
         contexts.append(context_length(load.load_config(load.resolve(settings.teacher))))
         if not settings.align:
-            columns = models.shared_columns(settings.teacher, settings.model)
+            columns = distillation.shared_columns(
+                settings.teacher, settings.model, "--align uld, or "
+            )
     longest, longest_prompt = flags.lengths(settings, *contexts)
     tokenizer = load.load_tokenizer(source)
     train, dev = examples(settings, tokenizer, longest, longest_prompt, **_how(settings))
@@ -94,7 +96,8 @@ def run(settings) -> dict | None:
         eval_steps=every, save_steps=settings.save_interval, finish=finish,
         stored=[] if finish else None, resume=settings.resume, overwrite=settings.overwrite,
         step_entry=card.training_step(
-            settings.type, settings, recorded, nsamples=len(train), seqlen=longest
+            settings.type, settings, recorded, dataset=settings.data, nsamples=len(train),
+            seqlen=longest,
         ), source=source,
     )  # fmt: skip
 
@@ -144,7 +147,7 @@ def _objective(settings, student, device: str, columns: int | None, dtype, store
         rows = losses.ROWS[settings.loss]
         return partial(teacher_cache.distillation, rows, settings.kd_ratio, stored.vocabulary)
     if settings.teacher is None:
-        return cross_entropy
+        return validation.label_loss
     teacher = models.load_teacher(
         settings.teacher, device=device, peft_path=settings.teacher_peft_path,
         dtype=dtype if dtype == torch.float32 else "auto",
@@ -152,8 +155,10 @@ def _objective(settings, student, device: str, columns: int | None, dtype, store
     if settings.align:
         return partial(align.distillation, teacher, settings.kd_ratio)
     fused = from_hidden.fusable(student, settings.zero) and from_hidden.fusable(teacher)
-    rows = partial(losses.mix_rows, rows=losses.ROWS[settings.loss], kd_ratio=settings.kd_ratio)
-    return partial(distillation, teacher, rows, columns, fused)
+    rows = partial(
+        from_hidden.mix_rows, rows=losses.ROWS[settings.loss], kd_ratio=settings.kd_ratio
+    )
+    return partial(distillation.over_labels, teacher, rows, columns, fused)
 
 
 def _collate(settings, train, rows, tokenizer, longest: int, stored) -> Callable[[list[int]], dict]:
@@ -187,23 +192,6 @@ def _look(settings, dev, tokenizer, new_tokens: int) -> Callable:
         return validation.select(settings.select, values)
 
     return evaluate
-
-
-def cross_entropy(running, batch: dict):
-    """Cross entropy of the labels."""
-    logits = running(**validation.inputs_of(batch, running.device)).logits
-    return validation.cross_entropy(logits, batch["labels"].to(running.device)), {}
-
-
-def distillation(teacher, rows, columns: int | None, fused: bool, running, batch: dict):
-    """``rows`` over teacher and student at every label; reports its parts."""
-    inputs = validation.inputs_of(batch, running.device)
-    labels = batch["labels"].to(running.device)
-    total, ce, divergence = from_hidden.over_models(
-        rows, teacher, running, inputs, labels != batching.IGNORED, [labels.clamp_min(0)],
-        columns, fused,
-    )  # fmt: skip
-    return total, {"ce": ce, "kd": divergence}
 
 
 def _record(settings, training, dtype, longest: int, longest_prompt: int) -> dict:

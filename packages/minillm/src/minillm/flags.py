@@ -1,13 +1,11 @@
 """Settings that the training commands share, and their flags under the original's names; a flag may
 be written with hyphens or underscores. No torch up here."""
 
-import argparse
 from dataclasses import dataclass
 from math import ceil
 
-import harness.settings
-from harness.errors import UserError
-from harness.settings import AT_LEAST_1, POSITIVE, REQUIRED, flag
+import harness.training.flags
+from harness.settings import AT_LEAST_1, BELOW_1, POSITIVE, REQUIRED, flag
 
 # Parameters up to, learning rate, epochs: what the original trained GPT-2, OPT and LLaMA with.
 PUBLISHED = (
@@ -18,17 +16,13 @@ PUBLISHED = (
     (float("inf"), 1e-5, 10),
 )
 LORA = (5e-4, 20)
-BELOW_1 = (lambda value: 0 <= value < 1, "expected 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared(harness.settings.Shared):
+class Shared(harness.training.flags.Shared):
     """shared by all commands"""
 
     SEPARATORS = ("-", "_")
-
-    # The deepspeed launcher hands this to every process, which has it from its environment too.
-    local_rank: int | None = flag(None, argparse.SUPPRESS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,20 +73,6 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """DeepSpeed (more processes: deepspeed or torchrun before the command)"""
-
-    zero: int = flag(
-        0, "what processes share: 1 optimizer states, 2 and gradients, 3 and weights (default 0)",
-        choices=range(4),
-    )  # fmt: skip
-    offload: bool = flag(False, "optimizer states in CPU memory; 3: weights too")
-    gradient_checkpointing: bool = flag(
-        False, "less memory, a third more time: activations are made again in the backward pass"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Peft:
     """LoRA (merged at the end)"""
 
@@ -108,7 +88,7 @@ class Peft:
 
 
 def lora(settings) -> dict | None:
-    """Arguments of `minillm.models.add_lora`, or None, from settings with Peft's."""
+    """Arguments of `harness.training.lora.add`, or None, from settings with Peft's."""
     if not settings.peft:
         return None
     return {
@@ -124,13 +104,9 @@ def lengths(settings, *contexts: int | None) -> tuple[int, int]:
     Raises:
         UserError: a model's context is shorter than what was asked for.
     """
-    context = min([c for c in contexts if c], default=None)
-    longest = settings.max_length or min(512, context or 512)
-    if longest < 2 or (context and longest > context):
-        raise UserError(
-            f"--max-length {longest}: expected 2 to {context or 'any number of'} tokens, the "
-            "model's context."
-        )
+    from harness.checkpoint.load import example_length
+
+    longest = example_length("--max-length", settings.max_length, 512, *contexts)
     return longest, settings.max_prompt_length or longest // 2
 
 

@@ -26,7 +26,6 @@ from harness.losses.divergence import (
     sum_over_rows,
     tv_rows,
 )
-from harness.losses.from_hidden import cross_entropy_rows
 
 
 def skew_kl_rows(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
@@ -38,18 +37,6 @@ def skew_kl_rows(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
 def skew_reverse_kl_rows(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
     """KL(q || alpha q + (1 - alpha) p) per row, 0 < alpha < 1 (DistiLLM eq. 4)."""
     return skew_kl_rows(log_q, log_p, alpha)
-
-
-def mix_rows(
-    log_p: Tensor, log_q: Tensor, labels: Tensor, rows: RowFunction = kl_rows, kd_ratio: float = 0.5
-) -> Tensor:
-    """[R, 3]: (1 - kd_ratio) CE + kd_ratio rows, and its two parts.
-
-    With the forward KL the gradient is that of the original's soft cross entropy; the value is less
-    by the teacher's entropy, so that 0 means equal distributions.
-    """
-    ce, divergence = cross_entropy_rows(log_p, log_q, labels), rows(log_p, log_q)
-    return torch.stack([(1 - kd_ratio) * ce + kd_ratio * divergence, ce, divergence], -1)
 
 
 ROWS: dict[str, RowFunction] = {

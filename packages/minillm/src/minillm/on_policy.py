@@ -18,7 +18,7 @@ from harness.progress import track
 from harness.training import batching, engine
 from harness.training.engine import Training
 from harness.training.validation import inputs_of
-from minillm import losses, policy, rollouts, sampling
+from minillm import policy, rollouts, sampling
 
 EVALUATION_SEED = 20_230_614
 
@@ -108,7 +108,7 @@ class OnPolicy:
         report = {"policy": sampled, "reverse_kl": reverse, "reward": batch["reward"].sum()}
         if "text_ids" in batch:
             labels = batch["text_labels"].to(device)
-            rows = partial(losses.mix_rows, kd_ratio=self.kd_ratio)
+            rows = partial(from_hidden.mix_rows, kd_ratio=self.kd_ratio)
             mask, extras = labels != batching.IGNORED, [labels.clamp_min(0)]
             text = {"input_ids": batch["text_ids"].to(device)}
             text_loss = self._sums(rows, running, text, mask, extras)[0] * batch["text_share"]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import cli
-from harness.settings import POSITIVE, REQUIRED, SHARE, flag, make_parser, word
+from harness.settings import BELOW_1, POSITIVE, REQUIRED, SHARE, flag, make_parser, word
+from harness.training.flags import Engine
 from minillm import flags, presets
 
 EXAMPLES = """\
@@ -105,7 +106,7 @@ class Schedule(flags.Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(flags.Data, Policy, LanguageModel, Schedule, flags.Engine, flags.Peft, flags.Shared):
+class Settings(flags.Data, Policy, LanguageModel, Schedule, Engine, flags.Peft, flags.Shared):
     """MiniLLM: the student writes responses to prompts and learns to lower its reverse KL to
     the teacher on them, by policy gradient. The result is an ordinary checkpoint, the best
     seen.
@@ -115,7 +116,7 @@ class Settings(flags.Data, Policy, LanguageModel, Schedule, flags.Engine, flags.
     teacher: str = flag(REQUIRED, "folder, hub id or embedded", metavar="MODEL")
     preset: str | None = presets.preset()
     # Nothing is dropped here: a rollout's probabilities must be those that its tokens had.
-    peft_lora_dropout: float = flag(0.0, "default 0", metavar="P", check=flags.BELOW_1)
+    peft_lora_dropout: float = flag(0.0, "default 0", metavar="P", check=BELOW_1)
 
     def completed(self) -> "Settings":
         """With the default of --out where it is left open."""

@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.losses import from_hidden
 from harness.metrics.footprint import stored_size
 from harness.settings import record
-from harness.training import batching, engine, loop
+from harness.training import batching, distillation, engine, loop
 from harness.training.cost import training_cost
 from minillm import finetune_run, flags, models, rollouts
 from minillm.on_policy import OnPolicy, without_dropout
@@ -36,7 +36,7 @@ def run(settings) -> dict | None:
     device = engine.launch(load.pick_device(settings.device))
     out, source = Path(settings.out), load.resolve(settings.model)
     runs.claim(out, source, settings.overwrite, settings.dry_run)
-    columns = models.shared_columns(settings.teacher, settings.model)
+    columns = distillation.shared_columns(settings.teacher, settings.model)
     folders = [source, load.resolve(settings.teacher)]
     configs = [load.load_config(folder) for folder in folders]
     longest, longest_prompt = flags.lengths(settings, *map(context_length, configs))
@@ -98,7 +98,8 @@ def run(settings) -> dict | None:
         boundary=plan.starts_phase, finish=finish,
         stored=[] if finish else None, resume=settings.resume, overwrite=settings.overwrite,
         step_entry=card.training_step(
-            "minillm", settings, recorded, nsamples=len(examples), seqlen=longest
+            "minillm", settings, recorded, dataset=settings.data, nsamples=len(examples),
+            seqlen=longest,
         ), source=source,
     )  # fmt: skip
 

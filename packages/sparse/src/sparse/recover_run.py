@@ -1,246 +1,236 @@
-"""Bring back what pruning cost: load, choose what is trained, train, write the best."""
+"""Bring back what pruning cost: check, load, choose what is trained, train (training.loop)."""
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from harness import distributed, locks, precision
-from harness.checkpoint import hashes, load, runs
-from harness.checkpoint.save import save_model
+from harness import distributed, precision
+from harness.checkpoint import card, hashes, layouts, load, runs
+from harness.checkpoint.load import context_length, example_length
 from harness.checkpoint.weights import Weights
-from harness.data import training_data
+from harness.data import example_sets
 from harness.errors import UserError
-from harness.quant.masks import SPARSE_FROM
-from sparse import losses, tuning
-from sparse import recovery_checks as checks
-from sparse.training import Diverged, Plan, held_out_loss, train
-from sparse.training_state import Store
+from harness.losses import from_hidden
+from harness.losses.divergence import jsd_rows, kl_rows, reverse_kl_rows
+from harness.metrics.footprint import linear_shapes, stored_size
+from harness.quant import masks
+from harness.settings import record
+from harness.training import batching, distillation, engine, loop, lora, validation
+from harness.training.cost import training_cost
+
+# What does not change the result; the rest of the flags is what a resumed run must repeat.
+FREE = (
+    "model", "out", "resume", "overwrite", "dry_run", "device", "local_rank", "save_steps",
+    "micro_batch_size", "gradient_checkpointing",
+)  # fmt: skip
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+DIVERGENCES = {"forward_kl": kl_rows, "reverse_kl": reverse_kl_rows, "jsd": jsd_rows}
 
 
-@dataclass
-class Result:
-    """Losses are in nats per token on the validation examples: of the pruned model, of the one
-    written and, where there is one, of the teacher."""
+class Usual(NamedTuple):
+    """What is taken where nothing is said. ``rates`` are at RATES_WIDTH."""
 
-    before: float
-    after: float
-    teacher: float | None
-    step: int
-    steps: int
-    tokens: int
-    seconds: float
-    rows: list[dict]
+    batch_size: int
+    cutoff_len: int
+    val_set_size: int
+    max_train_samples: int | None
+    rates: dict[str, float]
 
 
-# The signature is the command line.
-@locks.releasing
-def recover(  # noqa: C901, PLR0913
-    model: str,
-    dataset: str,
-    *,
-    out: str | Path,
-    tune: str = "lora",
-    teacher: str | None = None,
-    kd_loss: str = "forward_kl",
-    kd_weight: float = 0.5,
-    lora_r: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.05,
-    lora_target_modules: list[str] | None = None,
-    num_epochs: float = 2,
-    learning_rate: float | None = None,
-    batch_size: int | None = None,
-    micro_batch_size: int = 4,
-    cutoff_len: int | None = None,
-    val_set_size: int | None = None,
-    max_train_samples: int | None = None,
-    warmup_steps: int = 100,
-    train_on_inputs: bool = False,
-    max_steps: int | None = None,
-    max_minutes: float | None = None,
-    eval_steps: int | None = None,
-    save_steps: int | None = None,
-    patience: int = 5,
-    gradient_checkpointing: bool = False,
-    densify: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    overwrite: bool = False,
-    resume: bool = True,
-    dry_run: bool = False,
-    command: str = "sparse.recover_run.recover(...)",
-) -> Result | None:
-    """Tune the pruned checkpoint ``model`` on ``dataset`` and write the best one seen to ``out``.
+# LLM-Pruner's published setting is for instructions, LoRA and models 4,096 wide; its code's default
+# rate of 3e-4 serves text, where short runs gain by it (measured, as full tuning's rates are). The
+# best rate of Adam falls as the width grows (Yang et al., arXiv 2203.03466): others are scaled.
+RATES_WIDTH = 4096
+INSTRUCTIONS = Usual(64, 256, 2000, None, {"lora": 1e-4, "full": 2e-5})
+TEXT = Usual(8, 1024, 32, 30_000, {"lora": 3e-4, "full": 6e-5})
 
-    Args:
-        tune: "lora" (merged at the end) or "full". teacher: the dense model to distil from.
-        kd_weight: the divergence's part of the loss, the rest is cross entropy.
-        batch_size: examples per step over all ranks. micro_batch_size: of them at a time.
-        cutoff_len: tokens per example; longer ones are cut.
-        max_minutes: the learning rate then falls with the clock, and the bytes of the result depend
-            on the machine.
-        eval_steps, save_steps: default: ten looks at the validation loss, a save at each.
-        patience: stop after so many looks without a better loss; 0 never.
-        densify: let LoRA fill the zeros of a sparse model.
+
+@engine.memory_knobs()
+def run(settings) -> dict | None:
+    """What the command does with a `sparse.recover.Settings`, on every rank.
 
     Returns:
-        The losses before and after; None with ``dry_run``.
+        As :func:`harness.training.loop.train`, and "teacher", its validation loss or None; losses
+        are in nats per token. None with --dry-run.
 
     Raises:
-        harness.errors.UserError: anything the user can mend, in one line.
+        UserError: anything the user can mend, in one line.
     """
-    checks.check_numbers(locals())
-    out = Path(out)
-    device = distributed.start(load.pick_device(device))
-    folder = load.resolve(model)
-    config = load.load_config(folder)
-    weights = Weights(folder)
-    stored = weights.dtype
-    checks.check_dtype(dtype)
-    compute = precision.choose_for_training(dtype, stored, device, model)
-    checks.check_source(weights, model, out, overwrite, dry_run)
-    tokenizer = load.load_tokenizer(folder)
-    teacher_folder = checks.check_teacher(teacher, tokenizer, config) if teacher else None
-
-    kind = checks.INSTRUCTIONS if training_data.is_instructions(dataset) else checks.TEXT
-    limit = max_train_samples or (checks.TEXT_EXAMPLES if kind is checks.TEXT else None)
-    seqlen = checks.length(cutoff_len, kind["cutoff_len"], config)
-    data, held = training_data.load(
-        tokenizer, dataset, seqlen=seqlen, held_out=val_set_size or kind["val_set_size"],
-        limit=limit, train_on_inputs=train_on_inputs, seed=seed,
-    )  # fmt: skip
-    checks.check_tokens(data + held, config)
-    batch = min(batch_size or kind["batch_size"], len(data))
-    steps = max(1, math.ceil(num_epochs * len(data) / batch))
-    steps = min(steps, max_steps or steps)
-    width = config.get_text_config().hidden_size
-    usual = None if learning_rate else kind["rate"][tune]
-    rate = learning_rate or usual * checks.RATES_WIDTH / width
-    plan = Plan(
-        steps, batch, micro_batch_size, rate, min(warmup_steps, max(1, steps // 10)), max_minutes,
-        eval_steps, save_steps, patience, seed,
-    )  # fmt: skip
-    settings = {
-        "tune": tune, "dataset": dataset, "teacher": teacher, "learning_rate": rate,
-        "num_epochs": num_epochs, "max_steps": max_steps, "max_minutes": max_minutes,
-        "batch_size": batch, "micro_batch_size": micro_batch_size, "cutoff_len": seqlen,
-        "warmup_steps": plan.warmup, "val_set_size": len(held), "train_on_inputs": train_on_inputs,
-        "eval_steps": eval_steps, "patience": patience, "dtype": precision.name(compute),
-        "seed": seed, "densify": densify, "gradient_checkpointing": gradient_checkpointing,
-    }  # fmt: skip
-    if tune == "lora":
-        settings |= {
-            "lora_r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
-            "lora_target_modules": lora_target_modules,
-        }  # fmt: skip
-    if teacher:
-        settings |= {"kd_loss": kd_loss, "kd_weight": kd_weight}
-    distributed.say(checks.describe(plan, data, held, usual, width))
-
-    # LoRA keeps the frozen weights as they are stored; what is trained is float32.
-    whole = tune == "full" or compute == torch.float32
-    if dry_run:
-        checks.print_plan(folder, out, tune, lora_r, stored, whole, teacher_folder)
-        return None
-    identity = runs.fingerprint(folder, _all_ids(data + held), {"method": "recover", **settings})
-    if teacher_folder:
-        identity["teacher"] = hashes.model_files(teacher_folder)
-    student = load.load_model(folder, device=device, dtype=torch.float32 if whole else stored)
-    masks = _zeros(student, model, tune, densify)
-    if tune == "full":
-        parameters = tuning.train_all(student)
-    else:
-        targets = tuning.choose_targets(list(tuning.block_linears(student)), lora_target_modules)
-        parameters = tuning.add_lora(
-            student, targets, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, seed=seed
-        )
-    trained = sum(p.numel() for p in parameters.values())
-    distributed.say(f"{tune}: {trained / 1e6:.2f} M parameters are trained")
-    if gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    loss, teacher_loss = losses.cross_entropy, None
-
-    # LoRA is not stored as it is: it is merged first.
-    as_stored = [] if tune == "lora" else [p.data for p in parameters.values()]
-
-    def look(some=student) -> float:
-        with precision.rounded(as_stored, stored):
-            return held_out_loss(some, held, losses.cross_entropy, micro_batch_size, compute)
-
-    if teacher_folder:
-        kept = torch.float32 if compute == torch.float32 else "auto"
-        dense = load.load_model(teacher_folder, device=device, dtype=kept)
-        dense.requires_grad_(False)
-        loss = losses.distillation(dense, kd_loss, kd_weight, compute)
-        teacher_loss = look(dense)
-        distributed.say(f"teacher: validation loss {teacher_loss:.4f}")
-
-    store = Store(out, identity, overwrite=overwrite, resume=resume)
-    try:
-        progress = train(student, parameters, masks, data, loss, look, plan, compute, store)
-    except Diverged:
-        distributed.lead(store.run.forget)  # the same command would end here again
-        raise
-    store.load_best(progress.best_step, parameters)
-    if progress.best_step == 0:
-        distributed.say("no look found a better loss than before: the model is written unchanged")
-    student = tuning.finish(student, stored)
-    # The values that are stored, in the dtype of all other looks.
-    after = look(precision.cast(student, torch.float32) if compute == torch.float32 else student)
-    precision.cast(student, stored)
-    training = {"dataset": dataset, "nsamples": len(data), "seqlen": seqlen, "seed": seed}
-    step = {
-        "method": "recover", "base": model, "command": command, "settings": settings,
-        "training": training, "dtype": precision.record(compute, stored),
-    }  # fmt: skip
-    distributed.lead(lambda: _write(student, folder, step, progress, after, store))
-    return Result(
-        progress.rows[0]["validation_loss"], after, teacher_loss, progress.best_step,
-        progress.step, progress.tokens, progress.seconds, progress.rows,
-    )  # fmt: skip
-
-
-def _write(student, folder, step: dict, progress, after: float, store) -> None:
-    before = progress.rows[0]["validation_loss"]
-    save_model(
-        student,
-        folder,
-        store.out,
-        base=step["base"],
-        step=step,
-        log={"looks": progress.rows, "written": {"step": progress.best_step, "loss": after}},
-        sizes={
-            "validation perplexity before": math.exp(min(before, 700)),
-            "validation perplexity after": math.exp(min(after, 700)),
-        },
-        run=store.run,
+    settings = settings.completed()
+    device = engine.launch(load.pick_device(settings.device))
+    source, out = load.resolve(settings.model), Path(settings.out)
+    config = load.load_config(source)
+    weights = Weights(source)
+    dtype = precision.choose_for_training(settings.dtype, weights.dtype, device, settings.model)
+    runs.claim(out, source, settings.overwrite, settings.dry_run)
+    _check_layout(weights, settings.model)
+    columns = settings.teacher and distillation.shared_columns(settings.teacher, settings.model)
+    usual = TEXT if example_sets.is_text(settings.dataset) else INSTRUCTIONS
+    longest = example_length(
+        "--cutoff_len", settings.cutoff_len, usual.cutoff_len, context_length(config)
     )
+    tokenizer = load.load_tokenizer(source)
+    train, held = (
+        example_sets.read(
+            tokenizer, settings.dataset, part, length=longest, limit=limit,
+            train_on_inputs=settings.train_on_inputs,
+        )
+        for part, limit in (
+            ("train", settings.max_train_samples or usual.max_train_samples),
+            ("validation", settings.val_set_size or usual.val_set_size),
+        )
+    )  # fmt: skip
+    example_sets.check_tokens([train, held], config)
+    training = _training(settings, usual, len(train), config.get_text_config().hidden_size)
+    if settings.dry_run:
+        _print_plan(settings, source, training, dtype, weights.dtype)
+        return None
+
+    student = load.load_model(source, device=device, dtype=dtype)
+    objective, teacher_loss = validation.label_loss, None
+    size, pad = settings.micro_batch_size, batching.pad_id(tokenizer)
+
+    def look(running, step: int) -> dict:
+        loss = validation.held_out_loss(running, held, batch=size, pad=pad)
+        return {"value": loss, "validation_loss": loss}
+
+    if settings.teacher:
+        kept = torch.float32 if dtype == torch.float32 else "auto"
+        teacher = load.load_model(settings.teacher, device=device, dtype=kept)
+        teacher.eval().requires_grad_(False)
+        teacher_loss = look(teacher, 0)["value"]
+        distributed.say(f"teacher: validation loss {teacher_loss:.4f}")
+        fused = from_hidden.fusable(student, settings.zero) and from_hidden.fusable(teacher)
+        rows = partial(
+            from_hidden.mix_rows, rows=DIVERGENCES[settings.kd_loss], kd_ratio=settings.kd_weight
+        )
+        objective = partial(distillation.over_labels, teacher, rows, columns, fused)
+    identity = _identity(settings, source, training, dtype, train, held)
+    student, finish = _trainable(student, settings, source, weights.dtype)
+
+    def batches(step: int) -> list[dict]:
+        chosen = batching.deal(train.lengths, step, training)
+        return [batching.collate([train[i] for i in micro], pad) for micro in chosen]
+
+    result = loop.train(
+        student.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
+        step_entry=card.training_step(
+            "recover", settings, _record(settings, training, dtype), dataset=settings.dataset,
+            nsamples=len(train), seqlen=longest,
+        ),
+        source=source, evaluate=look, eval_steps=settings.eval_steps, patience=settings.patience,
+        save_steps=settings.save_steps, stored=[] if finish else None, finish=finish,
+        keep_zeros=not settings.densify, resume=settings.resume, overwrite=settings.overwrite,
+    )  # fmt: skip
+    if result["best_step"] == 0:
+        distributed.say("no look found a better loss than before: the model is written unchanged")
+    return result | {"teacher": teacher_loss}
 
 
-def _zeros(student, model: str, tune: str, densify: bool) -> dict:
-    """Masks that keep the zeros of a sparse model; {} for others.
+def _check_layout(weights: Weights, model: str) -> None:
+    if weights.layout in layouts.PACKED:
+        raise UserError(
+            f"{model} is quantized ({weights.layout}), and training would undo that; recover the "
+            "pruned model first and quantize the result."
+        )
+    if layouts.of(weights.layout).MARK:
+        distributed.say(
+            f"{model} is stored as {weights.layout}; the result is written dense (harness convert "
+            f"--format {weights.layout} packs it again)"
+        )
+
+
+def _training(settings, usual: Usual, count: int, width: int) -> engine.Training:
+    """How long, how fast, in what batches, for ``count`` examples and a model so wide."""
+    ranks = distributed.world_size()
+    batch = min(settings.batch_size or usual.batch_size, count)
+    if batch < ranks:
+        raise UserError(f"{batch} examples per step are too few for {ranks} processes; use fewer.")
+    forwards = min(ceil(batch / (settings.micro_batch_size * ranks)), batch // ranks)
+    steps = max(1, ceil(settings.num_epochs * count / batch))
+    steps = min(steps, settings.max_steps or steps)
+    rate = settings.learning_rate or usual.rates[settings.tune] * RATES_WIDTH / width
+    training = engine.Training(
+        rate, steps, ceil(batch / (forwards * ranks)), forwards, batch, settings.max_minutes,
+        min(settings.warmup_steps, max(1, steps // 10)), "linear", weight_decay=0.0,
+        zero=settings.zero, offload=settings.offload, seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )  # fmt: skip
+    line = f"{steps} steps of {batch} examples"
+    line += f" or {settings.max_minutes:g} minutes" if settings.max_minutes else ""
+    line += f", dealt to {ranks} processes" if ranks > 1 else ""
+    line += f", learning rate {rate:.3g}"
+    if not settings.learning_rate and width != RATES_WIDTH:
+        line += f" ({usual.rates[settings.tune]:.0e} at width {RATES_WIDTH}, this one has {width})"
+    distributed.say(f"{line}, {training.warmup} steps of warm-up")
+    return training
+
+
+def _trainable(student, settings, source: Path, stored: torch.dtype) -> tuple[object, Callable]:
+    """``student`` as it is trained, and what makes the plain model of its trained tensors, if that
+    is more than putting them in.
 
     Raises:
-        UserError: LoRA would fill them.
+        UserError: LoRA would fill a sparse model's zeros, or a target is not there.
     """
-    share = tuning.zero_share(student)
-    if share <= SPARSE_FROM:
-        return {}
-    if densify:
-        distributed.say(f"{share:.1%} of the weights are zeros; they are filled (--densify)")
-        return {}
-    if tune == "lora":
-        raise UserError(
-            f"{model} is sparse ({share:.1%} of its linears' weights are zeros), and merging LoRA "
-            "would fill the zeros; use --tune full, which keeps them, or --densify to fill them "
-            "knowingly."
-        )
-    distributed.say(f"{share:.1%} of the weights are zeros, and stay so")
-    return tuning.kept(student)
+    if settings.tune == "full":
+        return student, None
+    masks.ask_before_merging(student, settings.model, settings.densify, "use --tune full")
+    wanted = settings.lora_target_modules
+    options = {
+        "targets": lora.choose_targets(
+            list(lora.block_linears(student)), wanted.split(",") if wanted else None
+        ),
+        "r": settings.lora_r, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout,
+        "seed": settings.seed,
+    }  # fmt: skip
+
+    def finish(tensors):
+        return lora.merged(load.load_model(source, dtype=torch.float32), tensors, stored, **options)
+
+    return lora.add(student, **options), finish
 
 
-def _all_ids(examples) -> torch.Tensor:
-    return torch.cat([torch.cat([ids, ids.new_tensor([-first])]) for ids, first in examples])
+def _record(settings, training, dtype) -> dict:
+    """The flags that count, with what their defaults came to."""
+    without = {*FREE, *(LORA if settings.tune == "full" else ())}
+    without |= set() if settings.teacher else {"kd_loss", "kd_weight"}
+    return record(settings, without) | {
+        "learning_rate": training.learning_rate, "steps": training.steps,
+        "batch_size": training.batch, "warmup_steps": training.warmup,
+        "dtype": precision.name(dtype),
+    }  # fmt: skip
+
+
+def _identity(settings, source: Path, training, dtype, train, held) -> dict:
+    identity = runs.fingerprint(source, None, _record(settings, training, dtype))
+    identity["data"] = {"training": train.key, "validation": held.key}
+    if settings.teacher:
+        identity["teacher"] = hashes.model_files(load.resolve(settings.teacher))
+    return identity
+
+
+def _print_plan(settings, source: Path, training, dtype, stored: torch.dtype) -> None:
+    """--dry-run: what training takes, activations aside."""
+    count = stored_size(source, load.load_config(source)).parameters
+    shapes = [s for n, s in linear_shapes(source).items() if "embed" not in n and "head" not in n]
+    adapters = sum(settings.lora_r * (rows + columns) for rows, columns in shapes)
+    trained = count if settings.tune == "full" else adapters
+    cost = training_cost(count, trained, dtype.itemsize, stored.itemsize, training.zero)
+    memory = cost.memory
+    if settings.teacher:
+        folder = load.resolve(settings.teacher)
+        memory += stored_size(folder, load.load_config(folder)).parameters * dtype.itemsize
+    print(
+        f"recover ({settings.tune}): {trained / 1e6:.2f} of {count / 1e6:.2f} M parameters, "
+        f"{precision.name(dtype)} -> {settings.out}"
+    )
+    print(
+        f"memory: about {memory / 1e9:.2f} GB a process, and the activations of "
+        f"{training.micro_batch} examples; disk: {cost.result / 1e6:.1f} MB, and while it runs "
+        f"{cost.disk / 1e6:.1f} MB"
+    )
