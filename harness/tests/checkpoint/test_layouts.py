@@ -39,7 +39,10 @@ def round_trip(weight, layout):
     config = layouts.of(layout).config(Scheme(weight.grid), False)
     tensors = layouts.of(layout).encode("x", weight)
     assert all(t.is_contiguous() for t in tensors.values())
-    return layouts.of(layout).decode(tensors, "x", json.loads(json.dumps(config)))
+    config = json.loads(json.dumps(config))
+    more = [config] if layout == "gptq" else []
+    grid = layouts.of(layout).scheme_of(config).of("x")
+    return layouts.of(layout).decode(tensors, "x", grid, *more)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -77,8 +80,7 @@ def test_files_of_both_packings_of_compressed_tensors_are_read(version):
             rows, columns = file.get_tensor(f"{name}.weight_shape").tolist()
             groups = scale.shape[1]
             grid = Grid(width, -1 if groups == 1 else columns // groups)
-            config = layouts.of("compressed-tensors").config(Scheme(grid), False)
-            found = layouts.of("compressed-tensors").decode(held, name, config)
+            found = layouts.of("compressed-tensors").decode(held, name, grid)
             codes = (torch.arange(rows)[:, None] * 7 + torch.arange(columns) * 3) % 2**width
             zero = (torch.arange(rows)[:, None] * 5 + torch.arange(groups) * 11) % 2**width
             assert torch.equal(found.codes, codes.to(torch.uint8)), name
@@ -92,9 +94,8 @@ def test_words_that_are_of_neither_packing_are_refused():
     weight = quantized(8, 64, Grid(3, -1))
     tensors = layouts.of("compressed-tensors").encode("x", weight)
     tensors["x.weight_packed"] = tensors["x.weight_packed"][:, :-1]
-    config = layouts.of("compressed-tensors").config(Scheme(weight.grid), False)
     with pytest.raises(UserError, match=r"has 5 words a row; 64 values of 3 bits take 6 .* 7"):
-        layouts.of("compressed-tensors").decode(tensors, "x", config)
+        layouts.of("compressed-tensors").decode(tensors, "x", weight.grid)
 
 
 def test_other_programs_files_are_read_as_transformers_reads_them(llamas, tmp_path):

@@ -32,6 +32,35 @@ def test_the_last_exception_that_means_a_linear_counts():
     assert SCHEME.grids == [NARROW, WIDE]
 
 
+def test_other_tools_targets_count_as_their_library_counts_them():
+    """Names, then patterns in the order of the alphabet, then classes; recorded from
+    compressed-tensors 0.20's `match_named_modules` and `match_targets`."""
+
+    def group(bits, *targets):
+        weights = {"num_bits": bits, "symmetric": True, "strategy": "channel"}
+        return {"weights": weights, "targets": list(targets)}
+
+    groups = [group(2, "re:.*down", "m.0.up"), group(3, "Linear"), group(4, "re:.*do", "re:.*up")]
+    told = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {str(number): value for number, value in enumerate(groups)},
+    }  # fmt: skip
+    scheme = quantconfig.scheme_of(told)
+    bits = {name: scheme.of(name).bits for name in ("m.0.up", "m.1.up", "m.0.down", "m.0.gate")}
+    assert bits == {"m.0.up": 2, "m.1.up": 4, "m.0.down": 4, "m.0.gate": 3}
+
+
+def test_a_scheme_is_asked_fast_and_says_what_means_nothing():
+    names = [f"model.layers.{n}.mlp.experts.{n % 64}.up_proj" for n in range(20_000)]
+    scheme = Scheme(None, tuple((name, WIDE) for name in names))
+    assert all(scheme.of(name) is WIDE for name in names)  # minutes, were all names gone through
+    assert scheme.of("model.layers.0.mlp.down_proj") is None
+    with pytest.raises(UserError, match=r"up_prj: no linear .* Did you mean 'up_proj'"):
+        Scheme(WIDE, (("up_prj", NARROW),)).check(names[:9])
+    with pytest.raises(ValueError, match="without a grid"):
+        Scheme(None, (("up_proj", None),))
+
+
 def rounded(matrices, statistics, hand):
     grids = {name: SCHEME.of(f"{hand.prefix}.{name}") for name in matrices}
     return {n: Update(nearest(matrices[n], g, torch.float32)) for n, g in grids.items() if g}

@@ -16,15 +16,17 @@ def check(decoder: Decoder, scheme: Scheme | None, layout: str, out: Path) -> No
     """Raise :class:`UserError` where the model's sizes do not fit ``scheme`` or ``layout``."""
     if scheme is None:
         return
-    shapes, columns, left = {}, {grid: {} for grid in scheme.grids}, False
+    names, shapes, columns, left = [], {}, {grid: {} for grid in scheme.grids}, False
     for index, block in enumerate(decoder.blocks):
         for name, module in linears(block).items():
             full, shape = f"{decoder.prefix}.{index}.{name}", tuple(get_matrix(module).shape)
             grid = scheme.of(full)
+            names.append(full)
             left |= grid is None
             if grid is not None:
                 shapes[full] = shape
                 columns[grid][name] = shape[1]
+    scheme.check(names)
     for grid, of_linears in columns.items():
         check_group_size(of_linears, grid)
     some_left = any(hasattr(m, IGNORED) for m in decoder.blocks.modules()) or left

@@ -12,6 +12,7 @@ from harness.checkpoint import layouts
 from harness.errors import UserError
 from harness.quant.scheme import Scheme
 
+WEIGHT_ONLY = ("gptq", "awq")
 OTHERS = {
     "awq": "AWQ's own packing",
     "bitsandbytes": "bitsandbytes' formats",
@@ -62,6 +63,13 @@ def layout_of(config: dict | None) -> str:
     if not config:
         return "dense"
     return layouts.OTHER if foreign(config) else config["quant_method"]
+
+
+def is_weight_only(config: dict | None) -> bool:
+    """Whether integers of 4 or 8 bits are stored for products with 16-bit activations, by whatever
+    library."""
+    method = (config or {}).get("quant_method")
+    return method in WEIGHT_ONLY or scheme_of(config) is not None
 
 
 def scheme_of(config: dict | None) -> Scheme | None:

@@ -167,9 +167,10 @@ def decode_block(
 ) -> dict[str, torch.Tensor]:
     """Logical tensors of a block of a checkpoint in ``stored``: packed linears unpacked, in it."""
     linears, plain = packed.split_names(tensors, layout)
+    scheme = quantconfig.scheme_of(quantization)
     logical = {name: tensors[name] for name in plain}
     for name in linears:
         logical[f"{name}.weight"] = layouts.of(layout).matrix(
-            tensors, name, quantization, stored, stored, conv1d
+            tensors, name, scheme and scheme.of(name), quantization, stored, stored, conv1d
         )
     return logical

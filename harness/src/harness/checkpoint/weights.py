@@ -40,8 +40,8 @@ class Weights:
         self._where = {name: path for path, held in self._held.items() for name in held}
         if not self._where:
             raise UserError(f"{folder} holds weight files without a tensor; nothing to load.")
-        scheme = quantconfig.scheme_of(self.quantization)
-        packed.check({n: self._shape(n) for n in self._where}, self.layout, scheme)
+        self.scheme = quantconfig.scheme_of(self.quantization)
+        packed.check({n: self._shape(n) for n in self._where}, self.layout, self.scheme)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -98,10 +98,10 @@ class Weights:
         """A tensor by logical name; floating tensors in ``dtype`` (None: as stored, of packed ones
         the values in the checkpoint's dtype)."""
         if self.is_packed(name):
-            conv1d = self.config.get("harness_conv1d", False)
+            linear, conv1d = name.removesuffix(".weight"), self.config.get("harness_conv1d", False)
             return layouts.of(self.layout).matrix(
-                self, name.removesuffix(".weight"), self.quantization, self.dtype,
-                dtype or self.dtype, conv1d,
+                self, linear, self.scheme and self.scheme.of(linear), self.quantization,
+                self.dtype, dtype or self.dtype, conv1d,
             )  # fmt: skip
         tensor = self.stored(name)
         return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor

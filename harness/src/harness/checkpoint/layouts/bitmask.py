@@ -56,7 +56,7 @@ def check(linear: str, part, grid) -> None:
     """What its tensors hold is checked as they are read."""
 
 
-def matrix(tensors, name: str, config, stored, dtype, turned: bool) -> torch.Tensor:
+def matrix(tensors, name: str, grid, config, stored, dtype, turned: bool) -> torch.Tensor:
     return decode(tensors.__getitem__, name).to(dtype)
 
 

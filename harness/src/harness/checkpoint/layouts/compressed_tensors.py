@@ -113,7 +113,7 @@ def scheme_of(config: dict) -> Scheme:
         raise UserError("expected one object or more in config_groups of quantization_config.")
     if len(groups) == 1:  # of whatever targets: what it does not mean is not packed
         return Scheme(_grid(*groups.values()))
-    everything, named = None, []
+    everything, patterns, names = None, [], {}
     for group in groups.values():
         grid, targets = _grid(group), group.get("targets")
         if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
@@ -127,10 +127,15 @@ def scheme_of(config: dict) -> Scheme:
                     f"({error})."
                 ) from error
             if target == "Linear":
-                everything = grid
+                everything = everything or grid
+            elif target.startswith("re:"):
+                patterns.append((target, grid))
             else:
-                named.append((target, grid))
-    return Scheme(everything, tuple(named))
+                names.setdefault(target, grid)
+    # The library asks names first, then patterns in their alphabetical order, then classes, and of
+    # equal ones the first group's; a Scheme asks from its end.
+    patterns.sort(key=lambda pair: pair[0])
+    return Scheme(everything, (*reversed(patterns), *names.items()))
 
 
 def _grid(group) -> Grid:
@@ -216,13 +221,12 @@ def encode(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()}
 
 
-def decode(tensors, name: str, config: dict) -> QuantizedWeight:
+def decode(tensors, name: str, grid: Grid) -> QuantizedWeight:
     """Inverse of :func:`encode`.
 
     Raises:
-        UserError: the tensors contradict each other or the config.
+        UserError: the tensors contradict each other or the grid.
     """
-    grid = scheme_of(config).of(name)
     words, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     count = groups(f"{name}.weight_scale", scale, rows, columns, grid)
@@ -250,13 +254,15 @@ def decode(tensors, name: str, config: dict) -> QuantizedWeight:
     return QuantizedWeight(codes, scale, zero, grid, of_column)
 
 
-def matrix(tensors, name: str, config: dict, stored, dtype, turned: bool) -> torch.Tensor:
+def matrix(
+    tensors, name: str, grid: Grid, config: dict, stored, dtype, turned: bool
+) -> torch.Tensor:
     """Codes times scales, rounded to the dtype of the scales.
 
     transformers does so where ``config`` has "dequantize", as ours do; elsewhere it takes the
     scales to the dtype of the computation first.
     """
-    weight = decode(tensors, name, config)
+    weight = decode(tensors, name, grid)
     if not config.get("dequantize"):
         weight.scale = weight.scale.to(dtype)
     dense = weight.dequantize(weight.scale.dtype).to(dtype)

@@ -148,13 +148,12 @@ def encode(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()}
 
 
-def decode(tensors, name: str, config: dict) -> QuantizedWeight:
+def decode(tensors, name: str, grid: Grid, config: dict) -> QuantizedWeight:
     """Inverse of :func:`encode`.
 
     Raises:
         UserError: the tensors contradict the config.
     """
-    grid = scheme_of(config).of(name)
     codes = unpack_bits(tensors[f"{name}.qweight"].T, grid.bits)
     scale = tensors[f"{name}.scales"].T
     rows, columns = codes.shape
@@ -177,9 +176,11 @@ def decode(tensors, name: str, config: dict) -> QuantizedWeight:
     return QuantizedWeight(codes, scale, zero, grid, of_column)
 
 
-def matrix(tensors, name: str, config: dict, stored, dtype, turned: bool) -> torch.Tensor:
+def matrix(
+    tensors, name: str, grid: Grid, config: dict, stored, dtype, turned: bool
+) -> torch.Tensor:
     """Codes times scales, rounded to the dtype ``stored`` of the checkpoint."""
-    dense = decode(tensors, name, config).dequantize(stored).to(dtype)
+    dense = decode(tensors, name, grid, config).dequantize(stored).to(dtype)
     return dense.T.contiguous() if turned else dense
 
 
