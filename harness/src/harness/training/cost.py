@@ -15,7 +15,7 @@ class TrainingCost(NamedTuple):
 
 
 def training_cost(parameters: int, trained: int, item: int, stored: int, zero: int) -> TrainingCost:
-    """What ``harness.trainer.train`` takes for a model of ``parameters`` numbers, ``trained`` of
+    """What ``training.loop.train`` takes for a model of ``parameters`` numbers, ``trained`` of
     them trained, of ``item`` bytes each while it runs and ``stored`` in the result, at this ZeRO
     stage."""
     ranks = distributed.world_size()

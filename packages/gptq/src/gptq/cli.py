@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import cli
 from harness.checkpoint import layouts
-from harness.errors import UserError
+from harness.errors import Finished, UserError
 from harness.settings import BOS, IGNORE, Shared, flag, make_parser, word
 
 EXAMPLES = """\
@@ -129,11 +129,18 @@ def _run(settings: Settings) -> None:
     from harness.checkpoint import card
 
     with distributed.group():
-        rows = run(replace(settings, out=out), card.command_line())
+        try:
+            rows = run(replace(settings, out=out), card.command_line())
+        except Finished as there:
+            if settings.eval is None:
+                raise
+            distributed.say(str(there))
+            rows = None
         lead = distributed.rank() == 0
     if lead and not settings.dry_run:
-        _print_table(rows)
-        print(f"written to {out}")
+        if rows is not None:
+            _print_table(rows)
+            print(f"written to {out}")
         if settings.eval is not None:
             _evaluate(out, settings)
 

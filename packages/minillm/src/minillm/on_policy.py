@@ -29,7 +29,7 @@ class OnPolicy:
 
     Attributes:
         student: the model that the engine is around. columns: logits that both models share.
-        fused: whether both models' losses go from hidden states (hidden_loss.fusable).
+        fused: whether both models' losses go from hidden states (from_hidden.fusable).
         prompts: training examples, of which the prompts are read. text: windows of plain text.
         new_tokens: the longest response. chunk: responses written at a time.
     """
