@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from harness.cli import add_shared_flags, main, run
+from harness import settings
+from harness.cli import main, run
 from harness.errors import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog and naps. " * 60
@@ -98,7 +99,7 @@ def test_shared_flags():
     import argparse
 
     parser = argparse.ArgumentParser()
-    add_shared_flags(parser)
+    settings.add_flags(parser, settings.Shared)
     args = parser.parse_args([])
     assert (args.out, args.device, args.dtype, args.seed) == (None, "auto", "auto", 0)
     assert (args.resume, args.overwrite, args.dry_run) == (True, False, False)

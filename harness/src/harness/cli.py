@@ -23,26 +23,11 @@ FORBIDDEN = (
 )  # fmt: skip
 
 
-def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that mean the same in every command of the house, `settings.Shared`'s."""
-    add_some(parser.add_argument_group(Shared.__doc__), *(f.name for f in fields(Shared)))
-
-
 def add_some(group, *names: str) -> None:
     """Add flags of `settings.Shared` to a parser or a group of one."""
     for field in fields(Shared):
         if field.name in names:
             settings.add_flag(group, Shared, field)
-
-
-def add_ignore(group) -> None:
-    """Add `--ignore` to a parser or a group of one: a list of patterns, [] by default."""
-    group.add_argument("--ignore", default=[], **settings.IGNORE)
-
-
-def add_bos(group) -> None:
-    """Add `--bos` to a parser or a group of one."""
-    group.add_argument("--bos", default="auto", **settings.BOS)
 
 
 def run(body: Callable[[], int | None]) -> int:
@@ -189,7 +174,7 @@ def _convert_parser(commands) -> None:
         help="bitmask: a bit per weight and the nonzero ones, read by the harness; dense: ordinary "
         "safetensors, from bitmask or packed ones too",
     )  # fmt: skip
-    add_shared_flags(parser)
+    settings.add_flags(parser.add_argument_group(Shared.__doc__), Shared)
 
 
 def _eval(args: argparse.Namespace) -> int:

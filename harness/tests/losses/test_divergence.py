@@ -31,6 +31,8 @@ def formula(name, p, q, beta=0.3):
 
 
 def measure(name):
+    if name == "total_variation":
+        return partial(d.mean_over_rows, d.tv_rows)
     return partial(d.jsd, beta=0.3) if name == "jsd" else getattr(d, name)
 
 

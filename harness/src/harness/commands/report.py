@@ -34,7 +34,6 @@ VERSIONS = (
 )
 SIZES = ("parameters, M", "MMAC/token")
 HEADING = "## Evaluation"
-SAMPLE = 2**20  # bytes hashed at either end of a weight file
 
 
 def row(

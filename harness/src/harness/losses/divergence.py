@@ -125,13 +125,6 @@ def jsd(teacher_logits, student_logits, mask=None, temperature=1.0, chunk=None, 
     return mean_over_rows(rows, teacher_logits, student_logits, mask, temperature, chunk)
 
 
-def total_variation(
-    teacher_logits, student_logits, mask=None, temperature=1.0, chunk=None
-) -> Tensor:
-    """Mean total variation distance; arguments as in `mean_over_rows`."""
-    return mean_over_rows(tv_rows, teacher_logits, student_logits, mask, temperature, chunk)
-
-
 def top1_agreement(teacher_logits: Tensor, student_logits: Tensor, mask=None) -> Tensor:
     """Share of rows in which both logits [.., V] have the same largest entry; float32 scalar."""
     same = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).float()

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 from harness import distributed
+from harness.checkpoint import load
+from harness.metrics.footprint import stored_size
 
 
 class TrainingCost(NamedTuple):
@@ -28,3 +30,21 @@ def training_cost(parameters: int, trained: int, item: int, stored: int, zero: i
     # The last state and its best weights, newer ones, and the next state or the result.
     disk = 2 * best + state + max(state, result)
     return TrainingCost(states + gradients + weights, result, disk)
+
+
+def model_bytes(model: str, item: int) -> int:
+    """Of a model in memory, ``item`` bytes a parameter."""
+    folder = load.resolve(model)
+    return stored_size(folder, load.load_config(folder)).parameters * item
+
+
+def print_plan(title: str, cost: TrainingCost, activations: str, teacher: float = 0.0) -> None:
+    """What --dry-run says: a title, and what the run takes. ``teacher``: bytes; ``activations``: of
+    what they come on top."""
+    print(title)
+    of_teacher = f", of which the teacher {teacher / 1e9:.2f}" if teacher else ""
+    print(
+        f"memory: about {(cost.memory + teacher) / 1e9:.2f} GB a process{of_teacher}, and the "
+        f"activations of {activations}; disk: {cost.result / 1e6:.1f} MB, and while it runs "
+        f"{cost.disk / 1e6:.1f} MB"
+    )

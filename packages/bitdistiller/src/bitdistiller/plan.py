@@ -7,7 +7,7 @@ from harness import precision
 from harness.blocks.decoder import Decoder
 from harness.metrics.footprint import stored_size
 from harness.modules import get_matrix, linears
-from harness.training.cost import training_cost
+from harness.training.cost import print_plan, training_cost
 
 
 def show(settings, source: Path, grid, training, dtype, stored_dtype) -> None:
@@ -19,18 +19,15 @@ def show(settings, source: Path, grid, training, dtype, stored_dtype) -> None:
     item = dtype.itemsize
     groups = sum(rows * (columns // grid.columns_per_group(columns)) for rows, columns in shapes)
     trained = {"weights": weights, "scales": groups, "all": weights + 2 * groups}[settings.learn]
-    cost = training_cost(parameters, trained, item, stored_dtype.itemsize, training.zero)
     teacher = 0 if settings.kd_loss_type == "ce" or settings.teacher_cache else parameters * item
     if training.zero < 3:
         # What the student does not train, it has from the teacher.
         teacher = min(teacher, weights * item)
-    print(
+    print_plan(
         f"{settings.kd_loss_type}: {settings.model} ({parameters / 1e6:.2f} M parameters, "
         f"{weights / 1e6:.2f} M of them to {grid.bits} bits in groups of {grid.group_size}, "
-        f"{precision.name(dtype)}) -> {settings.out}"
-    )
-    print(
-        f"memory: about {(cost.memory + teacher) / 1e9:.2f} GB a process, of which the teacher "
-        f"{teacher / 1e9:.2f}, and the activations of {training.micro_batch} examples; disk: "
-        f"{cost.result / 1e6:.1f} MB, and while it runs {cost.disk / 1e6:.1f} MB"
+        f"{precision.name(dtype)}) -> {settings.out}",
+        training_cost(parameters, trained, item, stored_dtype.itemsize, training.zero),
+        f"{training.micro_batch} examples",
+        teacher,
     )

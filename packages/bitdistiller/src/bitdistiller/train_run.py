@@ -89,7 +89,6 @@ def run(settings) -> dict | None:
     def batches(step: int) -> list[dict]:
         return [collate(micro) for micro in batching.deal(examples.lengths, step, training)]
 
-    identity = _identity(settings, source, training, dtype, examples, look_at, stored)
     objective, beta = _objective(settings, teacher, stored, batches)
 
     def finish(tensors):
@@ -102,7 +101,8 @@ def run(settings) -> dict | None:
         "processes": distributed.world_size(), **({} if beta is None else {"beta": beta}),
     }  # fmt: skip
     return loop.train(
-        pupil.train(), training, batches=batches, loss_of=objective, out=out, identity=identity,
+        pupil.train(), training, batches=batches, loss_of=objective, out=out,
+        identity=_identity(settings, source, training, dtype, examples, look_at, stored),
         step_entry=card.training_step(
             "bitdistiller", settings, recorded, dataset=settings.data, nsamples=len(examples),
             seqlen=longest,

@@ -19,7 +19,7 @@ from harness.losses import from_hidden
 from harness.metrics.footprint import stored_size
 from harness.settings import record
 from harness.training import batching, distillation, engine, loop, teacher_cache, validation
-from harness.training.cost import training_cost
+from harness.training.cost import model_bytes, print_plan, training_cost
 from minillm import align, flags, losses, models, packing
 
 # What does not change the result; the rest of the flags is what a resumed run must repeat.
@@ -213,17 +213,10 @@ def _identity(settings, source: Path, training, dtype, train, dev) -> dict:
 def _print_plan(settings, parameters: int, training, dtype, stored_dtype) -> None:
     """--dry-run: what training takes, activations aside."""
     item, trained = dtype.itemsize, 0 if settings.peft else parameters
-    cost = training_cost(parameters, trained, item, stored_dtype.itemsize, training.zero)
-    memory = cost.memory / 1e9
-    if settings.teacher:
-        folder = load.resolve(settings.teacher)
-        count = stored_size(folder, load.load_config(folder)).parameters
-        memory += count * item / 1e9
-    print(
+    print_plan(
         f"{settings.type}: {settings.model} ({parameters / 1e6:.2f} M parameters, "
-        f"{precision.name(dtype)}) -> {settings.out}"
-    )
-    print(
-        f"memory: about {memory:.2f} GB a process, and the activations of {training.micro_batch} "
-        f"examples; disk: {cost.result / 1e6:.1f} MB, and while it runs {cost.disk / 1e6:.1f} MB"
+        f"{precision.name(dtype)}) -> {settings.out}",
+        training_cost(parameters, trained, item, stored_dtype.itemsize, training.zero),
+        f"{training.micro_batch} examples",
+        model_bytes(settings.teacher, item) if settings.teacher else 0,
     )

@@ -15,7 +15,7 @@ from harness.losses import from_hidden
 from harness.metrics.footprint import stored_size
 from harness.settings import record
 from harness.training import batching, distillation, engine, loop
-from harness.training.cost import training_cost
+from harness.training.cost import print_plan, training_cost
 from minillm import finetune_run, flags, models, rollouts
 from minillm.on_policy import OnPolicy, without_dropout
 
@@ -141,12 +141,10 @@ def _print_plan(settings, parameters: list[int], dtype, stored_dtype) -> None:
     """--dry-run: what the models and the optimizer take, activations and caches aside."""
     ours, theirs = parameters
     item, trained = dtype.itemsize, 0 if settings.peft else ours
-    cost = training_cost(ours, trained, item, stored_dtype.itemsize, settings.zero)
-    memory = (cost.memory + theirs * item) / 1e9
-    print(
+    print_plan(
         f"minillm: {settings.model} ({ours / 1e6:.2f} M parameters, {precision.name(dtype)}), "
-        f"teacher {settings.teacher} ({theirs / 1e6:.2f} M) -> {settings.out}\n"
-        f"memory: about {memory:.2f} GB a process, and the activations of {settings.batch_size} "
-        f"rollouts or the caches of {settings.chunk_size}; disk: {cost.result / 1e6:.1f} MB, "
-        f"and while it runs {cost.disk / 1e6:.1f} MB"
+        f"teacher {settings.teacher} ({theirs / 1e6:.2f} M) -> {settings.out}",
+        training_cost(ours, trained, item, stored_dtype.itemsize, settings.zero),
+        f"{settings.batch_size} rollouts or the caches of {settings.chunk_size}",
+        theirs * item,
     )

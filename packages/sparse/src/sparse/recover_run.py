@@ -20,7 +20,7 @@ from harness.metrics.footprint import linear_shapes, stored_size
 from harness.quant import masks
 from harness.settings import record
 from harness.training import batching, distillation, engine, loop, lora, validation
-from harness.training.cost import training_cost
+from harness.training.cost import model_bytes, print_plan, training_cost
 
 # What does not change the result; the rest of the flags is what a resumed run must repeat.
 FREE = (
@@ -221,17 +221,10 @@ def _print_plan(settings, source: Path, training, dtype, stored: torch.dtype) ->
     shapes = [s for n, s in linear_shapes(source).items() if "embed" not in n and "head" not in n]
     adapters = sum(settings.lora_r * (rows + columns) for rows, columns in shapes)
     trained = count if settings.tune == "full" else adapters
-    cost = training_cost(count, trained, dtype.itemsize, stored.itemsize, training.zero)
-    memory = cost.memory
-    if settings.teacher:
-        folder = load.resolve(settings.teacher)
-        memory += stored_size(folder, load.load_config(folder)).parameters * dtype.itemsize
-    print(
+    print_plan(
         f"recover ({settings.tune}): {trained / 1e6:.2f} of {count / 1e6:.2f} M parameters, "
-        f"{precision.name(dtype)} -> {settings.out}"
-    )
-    print(
-        f"memory: about {memory / 1e9:.2f} GB a process, and the activations of "
-        f"{training.micro_batch} examples; disk: {cost.result / 1e6:.1f} MB, and while it runs "
-        f"{cost.disk / 1e6:.1f} MB"
+        f"{precision.name(dtype)} -> {settings.out}",
+        training_cost(count, trained, dtype.itemsize, stored.itemsize, training.zero),
+        f"{training.micro_batch} examples",
+        model_bytes(settings.teacher, dtype.itemsize) if settings.teacher else 0,
     )

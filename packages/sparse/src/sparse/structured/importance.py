@@ -9,10 +9,6 @@ Legend: O rows, I columns, G groups, n members of a group in one matrix.
 
 import torch
 
-PRUNERS = ("random", "l1", "l2", "taylor")
-TAYLORS = ("vectorize", "param_first", "param_second", "param_mix")
-STRATEGIES = ("sum", "mean", "max", "prod", "first")
-
 
 def needs_squares(taylor: str) -> bool:
     """Whether E[g²] over the examples is wanted beside the gradient of their mean loss."""
