@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import families
 from harness.checkpoint import load
@@ -277,7 +277,7 @@ def halve(path):
         ("shard-00001.safetensors", lambda path: path.unlink(), "shard-00001.*cannot be read"),
         (
             "shard-00001.safetensors",
-            lambda path: shutil.copy(path.with_name("shard-00000.safetensors"), path),
+            lambda path: save_file({k: t[1:] for k, t in load_file(path).items()}, path),
             "shard-00001.safetensors has not the .* labels of its examples",
         ),
     ],
