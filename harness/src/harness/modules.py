@@ -40,8 +40,8 @@ def _computes_a_product(kind: type[nn.Linear]) -> bool:
     # Past nn.Module's own registers: models are built where those send parameters to no device.
     bare.__dict__ |= {"weight": weight, "bias": bias, "in_features": 2, "out_features": 3}
     try:
-        found = bare.forward(x)
-        return isinstance(found, torch.Tensor) and torch.allclose(found, x @ weight.T + bias)
+        product = bare.forward(x)
+        return isinstance(product, torch.Tensor) and torch.allclose(product, x @ weight.T + bias)
     except Exception:  # it asks for more than those
         return False
 
@@ -117,8 +117,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) and all(linears(b) for b in module)
     ]
     # "decoder" is another thing in some families (ModernBERT's is its head).
-    lists = [found for found in lists if found[0].startswith(within)] or lists
+    lists = [candidate for candidate in lists if candidate[0].startswith(within)] or lists
     depth = getattr(text, "num_hidden_layers", None)
-    for name, module in [found for found in lists if len(found[1]) == depth] or lists:
+    for name, module in [candidate for candidate in lists if len(candidate[1]) == depth] or lists:
         return name, module
     raise UserError(f"{type(model).__name__} has no list of blocks with linear layers in them.")

@@ -110,12 +110,12 @@ def groups(cls) -> list[tuple[str | None, list[dataclasses.Field]]]:
     """(heading, fields) of a settings class: its own first, then each base's under its docstring;
     those and words, which need no heading, without one."""
     left = {field.name: field for field in dataclasses.fields(cls)}
-    found = []
+    headed = []
     for base in cls.__mro__[:-1]:
         own = [left.pop(name) for name in inspect.get_annotations(base) if name in left]
         words = all(field.metadata["names"] is None for field in own)
-        found.append((None if base is cls or words else base.__doc__, own))
-    return found
+        headed.append((None if base is cls or words else base.__doc__, own))
+    return headed
 
 
 def make_parser(cls, command: str, epilog: str) -> argparse.ArgumentParser:

@@ -144,8 +144,8 @@ class Decoder:
     def ignore(self, patterns: Sequence[str]) -> None:
         """Leave the linears that ``patterns`` mean dense, see :func:`harness.modules.ignore`."""
         if patterns:
-            found = modules.ignore(self.prefix, self.blocks, patterns)
-            distributed.say(f"left dense by --ignore: {len(found)} linears, {found[0]} among them")
+            names = modules.ignore(self.prefix, self.blocks, patterns)
+            distributed.say(f"left dense by --ignore: {len(names)} linears, {names[0]} among them")
 
     # -- names and tensors ------------------------------------------------------------------
 
@@ -156,8 +156,8 @@ class Decoder:
         distributed.say_once(
             f"{folder} stores its tensors under other names than the model: loading it whole."
         )
-        whole = load.load_model(folder, dtype=self.stored_dtype).state_dict()
-        return {n: t for n, t in whole.items() if n not in self.names.plain}
+        state = load.load_model(folder, dtype=self.stored_dtype).state_dict()
+        return {n: t for n, t in state.items() if n not in self.names.plain}
 
     def block_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Every tensor of block ``index`` by its full model name, bit for bit as it is stored."""
@@ -259,8 +259,8 @@ class Decoder:
 
         self._run_outer(ids, [act(i) for i in range(len(self))])
         arguments = [(args, kwargs) for _, args, kwargs in seen]
-        known = self._arguments.setdefault(tuple(seen[0][0].shape[:2]), arguments)
-        if not _same(known, arguments):
+        held = self._arguments.setdefault(tuple(seen[0][0].shape[:2]), arguments)
+        if not _same(held, arguments):
             raise UserError(
                 f"the blocks of {type(self.model).__name__} take inputs that differ from window to "
                 "window beside the hidden states; this family is not supported block by block."

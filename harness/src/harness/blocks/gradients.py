@@ -72,28 +72,28 @@ def backward(
         for index in track(range(len(decoder) - 1, first - 1, -1), "backward"):
             block = decoder.load(index)
             prepare(index, block)
-            own = _Sums(len(windows), squares)
-            own.watch(block, wanted(index))
+            sums = _Sums(len(windows), squares)
+            sums.watch(block, wanted(index))
             for i, kept in enumerate(inputs.pop()):
                 x = kept.to(decoder.device).requires_grad_()
                 decoder.forward(index, x).backward(gradients[i])
                 gradients[i] = x.grad
-                own.collect()
-            found = own.finish(f"block {index}")
+                sums.collect()
+            found = sums.finish(f"block {index}")
             decoder.release(index)
             yield index, found
-            del found, own, block
+            del found, sums, block
             memory.give_back()
         if outer:
-            own = _Sums(len(windows), squares)
-            own.watch(model, outer)
+            sums = _Sums(len(windows), squares)
+            sums.watch(model, outer)
             for i, ids in enumerate(examples):
                 # Head and embedding are often one matrix: one example's two gradients must be
                 # added before they are squared, so the head runs again.
                 _head(decoder, ids, hidden[i])
                 decoder.embed(ids).backward(gradients[i])
-                own.collect()
-            yield None, own.finish("embedding and head")
+                sums.collect()
+            yield None, sums.finish("embedding and head")
     finally:
         decoder.differentiable = False
 
@@ -134,7 +134,7 @@ class _Sums:
             parameter.grad = None
 
     def finish(self, where: str) -> Found:
-        found = {}
+        gradients = {}
         for name, parameter in self.parameters.items():
             parts = [
                 distributed.sum_in_place(sums[name]).div_(self.examples)
@@ -145,6 +145,7 @@ class _Sums:
                     f"the gradients of {where}, {name}, are NaN or infinite: activations overflow, "
                     "or the checkpoint is damaged. Try --dtype float32."
                 )
-            found[name] = (parameter.detach(), parts[0], parts[1] if self.with_squares else None)
+            squares = parts[1] if self.with_squares else None
+            gradients[name] = (parameter.detach(), parts[0], squares)
             parameter.requires_grad_(False)
-        return found
+        return gradients

@@ -102,8 +102,8 @@ def find(decoder: Decoder, index: int, stages: list[list[str]]) -> list[Producer
         watch.close()
     changes = prove(decoder, index, stages, graph)
     return [
-        _with_shift(decoder, index, names, found) if found and change <= PROVED else None
-        for names, found, change in zip(stages, graph, changes, strict=True)
+        _with_shift(decoder, index, names, producer) if producer and change <= PROVED else None
+        for names, producer, change in zip(stages, graph, changes, strict=True)
     ]
 
 
@@ -165,8 +165,8 @@ def prove(
     producer after the other; 0 where there is none, nan where the block gives no numbers. Arguments
     as for :func:`find`."""
     return [
-        0.0 if found is None else _change(decoder, index, names, found)
-        for names, found in zip(stages, graph, strict=True)
+        0.0 if producer is None else _change(decoder, index, names, producer)
+        for names, producer in zip(stages, graph, strict=True)
     ]
 
 

@@ -50,15 +50,15 @@ def check_scales(decoder: Decoder, scheme: Scheme | None, layout: str) -> None:
 def what_stays(decoder: Decoder) -> str:
     """The blocks' matrices that are no linear layers, which no layer-wise method changes: mixtures
     of experts keep most of their weights in such. "" where there are none."""
-    kept, total = {}, 0
+    counts, total = {}, 0
     for block in decoder.blocks:
         inside = {f"{n}.weight" for n, m in block.named_modules() if hasattr(m, IGNORED)}
         inside |= {f"{name}.weight" for name in linears(block)}
         for name, parameter in block.named_parameters():
             total += parameter.numel()
             if parameter.ndim > 1 and name not in inside:
-                kept[name] = kept.get(name, 0) + parameter.numel()
-    if not kept:
+                counts[name] = counts.get(name, 0) + parameter.numel()
+    if not counts:
         return ""
-    share = sum(kept.values()) / total
-    return f"left as they are, no linear layers: {', '.join(kept)} ({share:.0%} of the blocks)"
+    share = sum(counts.values()) / total
+    return f"left as they are, no linear layers: {', '.join(counts)} ({share:.0%} of the blocks)"

@@ -33,13 +33,13 @@ def model_files(folder: Path) -> dict[str, str]:
     config = read_json(folder / "config.json")
     paths, safe = weight_files.locate(folder, config)
     whole = sum(path.stat().st_size for path in paths) <= WHOLE
-    found = {"config.json": file_hash(folder / "config.json")}
+    files = {"config.json": file_hash(folder / "config.json")}
     for path in paths:
         stat = path.stat()
         key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
         name = path.relative_to(folder).as_posix()
-        found[name] = f"{stat.st_size}:{_weights_hash(key, whole, safe)}"
-    return found
+        files[name] = f"{stat.st_size}:{_weights_hash(key, whole, safe)}"
+    return files
 
 
 @functools.lru_cache(maxsize=4096)  # the key tells a file that was written anew

@@ -41,13 +41,13 @@ def resolve(model: str | Path) -> Path:
         return ASSETS / str(model)
     path = Path(model)
     try:
-        found = "folder" if path.is_dir() else "file" if path.exists() else None
+        kind = "folder" if path.is_dir() else "file" if path.exists() else None
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
         raise UserError(f"{str(model)[:80]} cannot be a folder: {one_line(error)}") from error
-    if found == "folder":
+    if kind == "folder":
         _check_folder(path)
         return path
-    if found == "file":
+    if kind == "file":
         raise UserError(f"{model} {_what_file(path)}")
     hint = nearest(str(model), EMBEDDED)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
@@ -116,8 +116,8 @@ def load_config(folder: Path):
     encoder = getattr(config, "is_decoder", None) is False and not any(
         "CausalLM" in name or "LMHead" in name for name in names
     )
-    known = nonuniform.model_class(config) is not None
-    if encoder or getattr(config, "is_encoder_decoder", False) or not known:
+    readable = nonuniform.model_class(config) is not None
+    if encoder or getattr(config, "is_encoder_decoder", False) or not readable:
         raise UserError(
             f"{folder} is a {config.model_type} model ({', '.join(names)}); expected a "
             "decoder-only causal language model."
@@ -240,14 +240,14 @@ def _load_complete(weights: Weights, *where, config, **more):
     from harness.checkpoint.nonuniform import skeleton
 
     names.match(skeleton(config), weights)
-    said = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         model, report = nonuniform.model_class(config).from_pretrained(
             *where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **more
         )
     finally:
-        logging.set_verbosity(said)
+        logging.set_verbosity(verbosity)
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         names.check_shape(name, stored, wanted)
     names.refuse_missing(report["missing_keys"], weights.folder)

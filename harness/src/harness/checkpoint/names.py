@@ -77,12 +77,12 @@ def _rename(model, state, weights: Weights) -> tuple[dict[str, str], bool, list[
     converted, extra = False, []
     # In the library's order: some of its rules hold once another has been met.
     for stored in sorted(weights.names, key=dot_natural_key):
-        name, made = rename_source_key(stored, renamings, converters, base, state)
+        name, converter = rename_source_key(stored, renamings, converters, base, state)
         if name not in state and stored in state:
-            name, made = rename_source_key(stored, [], [], base, state)
+            name, converter = rename_source_key(stored, [], [], base, state)
         if name not in state:
             extra += [] if _is_needless(stored, weights) else [stored]
-        elif made is not None:
+        elif converter is not None:
             converted = True
         elif name in plain:
             raise UserError(

@@ -70,16 +70,16 @@ def model_class(config):
     # transformers 5.24: Llama 4 with images reads this of its text part's output, which has none.
     if not hasattr(modeling_outputs.MoeCausalLMOutputWithPast, "image_outputs"):
         modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None
-    known = []
+    classes = []
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        found = auto._model_mapping.get(type(config), None) or ()
-        known += found if isinstance(found, tuple | list) else [found]
-    if not known:
+        mapped = auto._model_mapping.get(type(config), None) or ()
+        classes += mapped if isinstance(mapped, tuple | list) else [mapped]
+    if not classes:
         return None
     # Some configs of image-text models are in the causal mapping too, for their text part alone.
-    known = [found for found in known if found.config_class is type(config)] or known
-    named = [found for found in known if found.__name__ in (config.architectures or ())]
-    base = (named or known)[0]
+    classes = [mapped for mapped in classes if mapped.config_class is type(config)] or classes
+    named = [mapped for mapped in classes if mapped.__name__ in (config.architectures or ())]
+    base = (named or classes)[0]
     if not getattr(config, KEY, None):
         return base
 
@@ -210,17 +210,17 @@ def with_fields(raw: dict, changes: dict) -> dict:
     an image-text model in its text part."""
     from transformers import AutoConfig
 
-    own = AutoConfig.for_model(raw["model_type"])
+    usual = AutoConfig.for_model(raw["model_type"])
     if isinstance(raw.get("text_config"), dict):
-        text = {"model_type": own.get_text_config().model_type} | raw["text_config"]
+        text = {"model_type": usual.get_text_config().model_type} | raw["text_config"]
         return raw | {"text_config": with_fields(text, changes)}
-    renamed = getattr(own, "attribute_map", {})
+    renamed = getattr(usual, "attribute_map", {})
     result = dict(raw)
     names = {
         "heads": [renamed.get("num_attention_heads", "num_attention_heads")],
-        "kv_heads": [n for n in ("num_key_value_heads", "num_kv_heads") if hasattr(own, n)],
+        "kv_heads": [n for n in ("num_key_value_heads", "num_kv_heads") if hasattr(usual, n)],
         "head_dim": ["head_dim"],
-        "channels": [n for n in CHANNEL_FIELDS if hasattr(own, n)],
+        "channels": [n for n in CHANNEL_FIELDS if hasattr(usual, n)],
         "hidden_size": [renamed.get("hidden_size", "hidden_size")],
         "layers": [renamed.get("num_hidden_layers", "num_hidden_layers")],
         "eps": ["rms_norm_eps"],

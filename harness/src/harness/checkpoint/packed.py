@@ -38,8 +38,8 @@ def tensors_of(linear: str, names: Iterable[str], layout: str) -> list[str]:
 
 def nbytes(layout: str, grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> int:
     """Bytes of an O x I matrix of a checkpoint in ``dtype`` in a layout that holds codes."""
-    made = layouts.of(layout).parts(grid, rows, columns, dtype)
-    return sum(prod(shape) * kind.itemsize for shape, kind in made.values())
+    parts = layouts.of(layout).parts(grid, rows, columns, dtype)
+    return sum(prod(shape) * kind.itemsize for shape, kind in parts.values())
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], layout: str, scheme: Scheme | None) -> None:

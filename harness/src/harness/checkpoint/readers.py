@@ -122,7 +122,7 @@ def _quiet():
     import loguru
     from transformers.utils import logging
 
-    said, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loguru.logger.disable("compressed_tensors")
@@ -130,7 +130,7 @@ def _quiet():
         yield
     finally:
         loguru.logger.enable("compressed_tensors")
-        logging.set_verbosity(said)
+        logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
 

@@ -48,12 +48,12 @@ def _ours(data: bytes) -> list[dict] | None:
     if len(data) > LONGEST:
         return None
     try:
-        found = yaml.safe_load(data.decode())
+        recipe = yaml.safe_load(data.decode())
     except Exception:  # YAML's own errors, and ValueError, RecursionError, IndexError of its values
         return None
-    if not isinstance(found, dict) or set(found) != {"steps"}:
+    if not isinstance(recipe, dict) or set(recipe) != {"steps"}:
         return None
-    listed = found["steps"]
+    listed = recipe["steps"]
     if not isinstance(listed, list) or not _plain(listed):
         return None
     return listed if all(_is_step(step) for step in listed) else None

@@ -316,10 +316,10 @@ def claim(out: Path, source: Path, overwrite: bool, dry_run: bool = False) -> No
 
 def _check_apart(out: Path, source: Path) -> None:
     """Refuse to replace the model that is read, or to write in its folder."""
-    made, read = out.resolve(), source.resolve()
-    if made == read:
+    target, read = out.resolve(), source.resolve()
+    if target == read:
         raise UserError(f"{out} is the model itself; choose another --out.")
-    if read in made.parents:
+    if read in target.parents:
         raise UserError(f"{out} is in the model's own folder; choose another --out.")
-    if made in read.parents and made.exists():
+    if target in read.parents and target.exists():
         raise UserError(f"the model {source} is in {out}; choose another --out.")

@@ -32,13 +32,13 @@ def names(source: Path) -> list[str]:
     Raises:
         UserError: one of them is no regular file, or lies outside of the folder.
     """
-    found = sorted(name for name in os.listdir(source) if _carried(source, name))
+    carried = sorted(name for name in os.listdir(source) if _carried(source, name))
     inside = source / TEMPLATES
     if inside.is_dir():
-        found += sorted(
+        carried += sorted(
             f"{TEMPLATES}/{name}" for name in os.listdir(inside) if name.endswith(".jinja")
         )
-    return [name for name in found if paths.regular(source, name).stat().st_size <= LARGEST]
+    return [name for name in carried if paths.regular(source, name).stat().st_size <= LARGEST]
 
 
 def _carried(source: Path, name: str) -> bool:

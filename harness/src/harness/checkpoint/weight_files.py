@@ -112,16 +112,16 @@ def _of_index(folder: Path, name: str) -> list[Path]:
 
 def _check_index(index: Path, where: dict[str, str], paths: list[Path]) -> None:
     """Every tensor is where the index says, and in one file only."""
-    found = {}
+    held = {}
     for path in paths:
         for name in header(path):
-            if name in found:
+            if name in held:
                 raise UserError(
-                    f"{name} is in {found[name]} and in {path.name}, which {index} both names; "
+                    f"{name} is in {held[name]} and in {path.name}, which {index} both names; "
                     "the files do not belong together."
                 )
-            found[name] = path.name
-    absent = {name for name, file in where.items() if found.get(name) != file}
+            held[name] = path.name
+    absent = {name for name, file in where.items() if held.get(name) != file}
     if absent:
         name = min(absent)
         raise UserError(

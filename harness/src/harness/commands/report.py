@@ -81,13 +81,13 @@ def provenance(command: str) -> dict:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in VERSIONS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def git_commit() -> str | None:
@@ -167,8 +167,8 @@ def markdown(results: dict) -> str:
 
 def dtypes(results: dict) -> str:
     """What was computed in and what is stored, in words; "" where no metric says it."""
-    found = [metric["settings"].get("dtype") for metric in results["metrics"].values()]
-    pairs = {(d["computed"], d["stored"]): None for d in found if isinstance(d, dict)}
+    recorded = [metric["settings"].get("dtype") for metric in results["metrics"].values()]
+    pairs = {(d["computed"], d["stored"]): None for d in recorded if isinstance(d, dict)}
     return "; ".join(f"computed in {computed}, stored in {stored}" for computed, stored in pairs)
 
 
@@ -234,16 +234,16 @@ def update_card(folder: Path, results: dict) -> bool:
         return False
     text = card.read_text(encoding="utf-8")
     metrics = results["metrics"].values()
-    made = {m["versions"]["harness"]: None for m in metrics if "versions" in m}
+    versions = {m["versions"]["harness"]: None for m in metrics if "versions" in m}
     commands = {m["command"]: None for m in metrics if "command" in m}
     section = (
         f"{HEADING}\n\n{markdown(results)}\n\n"
-        f"Measured by llm-compression-harness {', '.join(made)} with "
+        f"Measured by llm-compression-harness {', '.join(versions)} with "
         + ", ".join(f"`{command}`" for command in commands)
         + f", {dtypes(results)}.\n".replace(", .", ".")
     )
-    before, found, rest = text.partition(f"{HEADING}\n")
-    after = rest.partition("\n## ")[2] if found else ""
+    before, heading, rest = text.partition(f"{HEADING}\n")
+    after = rest.partition("\n## ")[2] if heading else ""
     new = before.rstrip("\n") + "\n\n" + section + (f"\n## {after}" if after else "")
     if new != text:
         paths.write_text(card, new)

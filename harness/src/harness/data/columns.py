@@ -110,9 +110,9 @@ def pair_of(row: dict, columns: Columns, tokenizer, where: str) -> dict[str, str
 def _string(row: dict, name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        found = f"is {value!r:.40}" if name in row else "is missing"
+        fault = f"is {value!r:.40}" if name in row else "is missing"
         raise UserError(
-            f"{where}: {name} {found}; expected text, as in the file's other rows. Mend the row or "
+            f"{where}: {name} {fault}; expected text, as in the file's other rows. Mend the row or "
             "drop it."
         )
     return value
@@ -122,7 +122,7 @@ def _messages(row: dict, name: str, where: str) -> list[dict[str, str]]:
     turns = row.get(name)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: {name} is {turns!r:.40}; expected a list of messages.")
-    found = []
+    messages = []
     for turn in turns:
         turn = turn if isinstance(turn, dict) else {}
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
@@ -134,8 +134,8 @@ def _messages(row: dict, name: str, where: str) -> list[dict[str, str]]:
                 f"{where}: {name} holds {turn!r:.60}; expected role and content (or from and "
                 "value), both text."
             )
-        found.append({"role": ROLES.get(role, role), "content": content})
-    return found
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
 
 
 def _render(tokenizer, messages: list[dict], where: str, prompt: bool = False) -> str:
@@ -152,8 +152,8 @@ def _render(tokenizer, messages: list[dict], where: str, prompt: bool = False) -
         ) from error
     # The encoder puts BOS in front by itself, where the tokenizer does.
     bos = tokenizer.bos_token
-    own = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if bos and own else text
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if bos and begins else text
 
 
 def _chat_pair(messages: list[dict], tokenizer, where: str) -> dict[str, str]:

@@ -322,13 +322,13 @@ def instructions(dataset: str, split: str, tokenizer=None) -> list[dict[str, str
 
 def _pairs_of(names: columns.Columns, row: dict, path: Path) -> columns.Columns:
     """The columns of a prompt and its response, in a file that may have a text column too."""
-    found = columns.pair_columns([row]) if names.kind == "text" else names
-    if found is None:
+    pair = columns.pair_columns([row]) if names.kind == "text" else names
+    if pair is None:
         raise UserError(
             f"{path}: columns {', '.join(map(str, row))}; expected messages, or prompt and "
             "response, or instruction (input) and output"
         )
-    return found
+    return pair
 
 
 def questions(dataset: str) -> list[dict]:
@@ -370,9 +370,9 @@ def check_token(largest: int, config) -> None:
     Raises:
         UserError: ``largest`` is beyond the vocabulary.
     """
-    known = config.get_text_config().vocab_size
-    if largest >= known:
+    vocabulary = config.get_text_config().vocab_size
+    if largest >= vocabulary:
         raise UserError(
-            f"the tokenizer gives token {largest}, the model knows {known}; tokenizer and model do "
-            "not belong together."
+            f"the tokenizer gives token {largest}, the model knows {vocabulary}; tokenizer and model "
+            "do not belong together."
         )

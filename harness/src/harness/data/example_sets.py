@@ -83,8 +83,8 @@ def pairs(
             )
         return corpora.instructions(dataset, split, tokenizer)
     chosen, own = files.select(Path(dataset), split)
-    found = [pair for path in chosen for pair in _pairs(path, generated, tokenizer)]
-    return found if own or alone else instructions.deal(found, split)
+    rows = [pair for path in chosen for pair in _pairs(path, generated, tokenizer)]
+    return rows if own or alone else instructions.deal(rows, split)
 
 
 def _pairs(path: Path, generated: bool, tokenizer) -> Iterator[dict[str, str]]:
@@ -93,10 +93,10 @@ def _pairs(path: Path, generated: bool, tokenizer) -> Iterator[dict[str, str]]:
     head = rows[: columns.HEAD]
     chat = next((n for n in columns.CHATS if any(isinstance(r.get(n), list) for r in head)), None)
     names = columns.Columns("chat", (chat,)) if chat else columns.pair_columns(head)
-    said = next((k for k in GENERATED if any(isinstance(r.get(k), str) for r in head)), None)
+    answer = next((k for k in GENERATED if any(isinstance(r.get(k), str) for r in head)), None)
     expected = EXPECTED
     if generated:
-        names = said and columns.Columns("pair", ("prompt", said, None))
+        names = answer and columns.Columns("pair", ("prompt", answer, None))
         expected = "expected prompt and response, as python -m minillm.generate writes them"
     for number, row in enumerate(rows, 1):
         place = corpora.Place(path, number)
@@ -153,9 +153,9 @@ def encode(tokenizer, prompts: list[str], responses: list[str]) -> Iterator[tupl
     if end is None:
         raise UserError("the tokenizer has no end-of-sequence token; responses would never end.")
     joined = [p + r for p, r in zip(prompts, responses, strict=True)]
-    for alone, ids in zip(prompt_ids(tokenizer, prompts), _ids(tokenizer, joined), strict=True):
+    for prompt, ids in zip(prompt_ids(tokenizer, prompts), _ids(tokenizer, joined), strict=True):
         both = ids if ids[-1:] == [end] else [*ids, end]
-        same = (a == b for a, b in zip(alone, both, strict=False))
+        same = (a == b for a, b in zip(prompt, both, strict=False))
         border = sum(takewhile(bool, same))
         yield both[:border], both[border:]
 
@@ -166,9 +166,9 @@ def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def prompt_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
     """Token ids of prompts as generation starts from them: no end token after them."""
-    found = _ids(tokenizer, prompts)
+    rows = _ids(tokenizer, prompts)
     # Some tokenizers end every text.
-    return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in found]
+    return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in rows]
 
 
 class Examples(Sequence):
@@ -236,9 +236,9 @@ def examples(
     what = [json.dumps(pair, sort_keys=True) for pair in found]
     # Files of before tokens could span the border hold others.
     key = ["one text", _tokenizer_text(tokenizer), max_length, max_prompt_length, whole, *what]
-    made = _cached(rows, key)
-    counts = made.counts
-    if not len(made):
+    result = _cached(rows, key)
+    counts = result.counts
+    if not len(result):
         raise UserError(
             f"{name}: of {len(found)} rows none is left: {counts.empty} have an empty response, "
             f"{counts.long_prompts} a prompt of more than {max_prompt_length} tokens."
@@ -254,7 +254,7 @@ def examples(
     ]
     said = f"; {'; '.join(left_out)}" if left_out else ""
     distributed.say(f"{name}: {counts.examples} examples, {counts.tokens} tokens{said}")
-    return made
+    return result
 
 
 def windows(
@@ -291,17 +291,17 @@ def windows(
         for number, start in enumerate(chosen):
             yield ids[start : start + length], 1, number
 
-    made = _cached(rows, [_tokenizer_text(tokenizer), length, limit, part, dataset, text])
+    cut = _cached(rows, [_tokenizer_text(tokenizer), length, limit, part, dataset, text])
     name = f"{dataset}, {part}" if part else dataset
-    if not len(made):
+    if not len(cut):
         count = len(tokenizer(text, verbose=False)["input_ids"])
         least = ", and two are the least" if part in ("train", "validation") else ""
         raise UserError(
             f"{name}: its {count} tokens fill {count // length} windows of {length}{least}; use "
             "more text, or shorter windows."
         )
-    distributed.say(f"{name}: {len(made)} windows of {length} tokens")
-    return made
+    distributed.say(f"{name}: {len(cut)} windows of {length} tokens")
+    return cut
 
 
 def _text(dataset: str, part: str | None, length: int, limit: int | None, tokenizer) -> str:

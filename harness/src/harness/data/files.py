@@ -54,17 +54,17 @@ def select(source: Path, split: str) -> tuple[list[Path], bool]:
         if kind(source) is None:
             raise UserError(f"{source}: unknown format; expected {', '.join(KINDS)} (or .gz)")
         return [source], False
-    found = {p: split_of(p, source) for p in sorted(source.rglob("*")) if p.is_file() and kind(p)}
-    if not found:
+    splits = {p: split_of(p, source) for p in sorted(source.rglob("*")) if p.is_file() and kind(p)}
+    if not splits:
         raise UserError(f"{source}: no {', '.join(KINDS)} file in this folder")
-    if not any(found.values()):
-        return list(found), False
+    if not any(splits.values()):
+        return list(splits), False
     for wanted in (split, STAND_INS[split]):
-        chosen = [path for path, of in found.items() if of == wanted]
+        chosen = [path for path, of in splits.items() if of == wanted]
         if chosen:
             return chosen, True
     raise UserError(
-        f"{source}: its files are named for {', '.join(sorted(set(found.values()) - {None}))}; "
+        f"{source}: its files are named for {', '.join(sorted(set(splits.values()) - {None}))}; "
         f"expected a file named {split}* too"
     )
 

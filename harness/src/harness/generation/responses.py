@@ -110,10 +110,10 @@ def end_ids(tokenizer, generation_config) -> list[int]:
     """What ends a response: the tokenizer's end token, and what the checkpoint names besides."""
     named = generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
-    found = sorted({i for i in [tokenizer.eos_token_id, *named] if i is not None})
-    if not found:
+    ends = sorted({i for i in [tokenizer.eos_token_id, *named] if i is not None})
+    if not ends:
         raise UserError("neither tokenizer nor generation_config.json name an end token.")
-    return found
+    return ends
 
 
 def transformers_engine(model, tokenizer, sampling: Sampling) -> Ask:
@@ -132,7 +132,7 @@ def transformers_engine(model, tokenizer, sampling: Sampling) -> Ask:
     def ask(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         ids, mask = pad_left([torch.tensor(prompt) for prompt in prompts], ends[0])
         drawing = _Draw(sampling, ids.shape[1], seeds)
-        made = model.generate(
+        generated = model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device),
             generation_config=settings, logits_processor=LogitsProcessorList([drawing]),
         )  # fmt: skip
@@ -141,7 +141,7 @@ def transformers_engine(model, tokenizer, sampling: Sampling) -> Ask:
                 f"the model gives NaN or infinite logits in {model.dtype}; it is damaged, or try "
                 "--dtype bfloat16 or float32."
             )
-        return [until_end(row, ends) for row in made[:, ids.shape[1] :].tolist()]
+        return [until_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]
 
     return ask
 
@@ -245,7 +245,7 @@ def vllm_engine(
             for seed in seeds
         ]  # fmt: skip
         tokens = [{"prompt_token_ids": ids} for ids in prompts]
-        found = model.generate(tokens, wanted, use_tqdm=False)
-        return [until_end(list(answer.outputs[0].token_ids), ends) for answer in found]
+        generated = model.generate(tokens, wanted, use_tqdm=False)
+        return [until_end(list(answer.outputs[0].token_ids), ends) for answer in generated]
 
     return ask

@@ -126,11 +126,11 @@ class _FromHidden(torch.autograd.Function):
         scale = grad_total if grad_total.ndim == 0 else grad_total[0]
         (hidden, weight, bias), ctx.slopes = ctx.slopes, None
         kinds = (ctx.types[0], ctx.types[1], ctx.types[1])
-        found = [
+        slopes = [
             None if part is None else part.mul_(scale.to(part.dtype)).to(kind)
             for part, kind in zip((hidden, weight, bias), kinds, strict=True)
         ]
-        return *found, *(None,) * 6
+        return *slopes, *(None,) * 6
 
 
 def _add_slopes(slopes: list, slope: Tensor, part: Tensor, weight: Tensor, index: Tensor) -> None:
@@ -212,8 +212,8 @@ def fusable(model, zero: int = 0) -> bool:
         with headless(model):
             hidden = model(input_ids=ids, use_cache=False).logits
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        found = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-        if not torch.equal(found, expected):
+        logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+        if not torch.equal(logits, expected):
             reason = "this family changes the logits after its head"
     if reason:
         distributed.say(f"the loss goes through whole logits, with more memory: {reason}")

@@ -143,11 +143,11 @@ def _from_hub() -> list[Subject]:
     import datasets
 
     def by_subject(split: str) -> dict[str, list[Question]]:
-        found: dict[str, list[Question]] = {}
+        questions: dict[str, list[Question]] = {}
         for row in datasets.load_dataset(HUB, "all", split=split):
             question = Question(row["question"], tuple(row["choices"]), LETTERS[row["answer"]])
-            found.setdefault(row["subject"], []).append(question)
-        return found
+            questions.setdefault(row["subject"], []).append(question)
+        return questions
 
     try:
         tests, shots = by_subject("test"), by_subject("dev")

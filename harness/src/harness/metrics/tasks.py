@@ -32,18 +32,18 @@ def task_folders(tasks: Sequence[str], root: Path) -> list[Path]:
 
     Raises UserError for an unknown task, with the nearest known name.
     """
-    known: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in sorted(root.rglob("*.yaml")):
         with path.open(encoding="utf-8", errors="replace") as file:
             head = file.read(2000)
         for name in NAMED.findall(head):
-            known.setdefault(name, root / path.relative_to(root).parts[0])
+            folders.setdefault(name, root / path.relative_to(root).parts[0])
     for name in tasks:
-        if name not in known:
+        if name not in folders:
             raise UserError(
-                f"--tasks: lm-evaluation-harness has no task {name!r}.{nearest(name, known)}"
+                f"--tasks: lm-evaluation-harness has no task {name!r}.{nearest(name, folders)}"
             )
-    return sorted({known[name] for name in tasks})
+    return sorted({folders[name] for name in tasks})
 
 
 def check(tasks: Sequence[str]) -> list[Path]:

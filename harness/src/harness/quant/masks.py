@@ -22,14 +22,14 @@ def find(model: nn.Module) -> dict[str, Tensor]:
     """Parameter name -> where it is zero, for the pruned matrices of ``model`` outside its
     embeddings, trained or not."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    found = {}
+    masks = {}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and name.rpartition(".")[2] == "weight"
         if is_matrix and parameter.is_floating_point() and id(parameter) not in tables:
             zeros = of_pruned(parameter.detach())
             if zeros is not None:
-                found[name] = zeros
-    return found
+                masks[name] = zeros
+    return masks
 
 
 def keep(model: nn.Module) -> None:

@@ -24,10 +24,10 @@ def collate(rows: list[tuple[torch.Tensor, int]], pad: int) -> dict:
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, (some, first) in enumerate(rows):
-        ids[row, : len(some)] = some
-        mask[row, : len(some)] = 1
-        labels[row, first - 1 : len(some) - 1] = some[first:]
+    for row, (tokens, first) in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        labels[row, first - 1 : len(tokens) - 1] = tokens[first:]
     return {
         "input_ids": ids,
         "attention_mask": mask,

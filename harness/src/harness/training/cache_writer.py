@@ -90,8 +90,8 @@ def cache(  # noqa: PLR0913
     with run.nothing_left():
         model = load() if mine else None
         for number, chosen in track(mine, "shards") if distributed.rank() == 0 else mine:
-            some = [examples[index] for index in chosen]
-            tensors = probabilities(model, some, top_k, vocabulary, batch, pad)
+            part = [examples[index] for index in chosen]
+            tensors = probabilities(model, part, top_k, vocabulary, batch, pad)
             paths.save_tensors(partial / teacher_cache.shard_name(number), tensors)
     distributed.sum_number(0.0)  # every rank has written
     return distributed.lead(lambda: _finish(run, note))
@@ -112,7 +112,7 @@ def probabilities(
 ) -> dict[str, torch.Tensor]:
     """`training.teacher_cache.compress` of the labels of (ids, first) pairs, in their order."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
-    found = {}
+    rows = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         made = batching.collate([examples[i] for i in chosen], pad)
@@ -121,9 +121,9 @@ def probabilities(
         parts = teacher_cache.compress(logits[counted.to(logits.device)][:, :vocabulary], top_k)
         sizes = counted.sum(1).tolist()
         pieces = {key: tensor.split(sizes) for key, tensor in parts.items()}
-        found |= {i: {key: pieces[key][n] for key in parts} for n, i in enumerate(chosen)}
+        rows |= {i: {key: pieces[key][n] for key in parts} for n, i in enumerate(chosen)}
     return {
-        key: torch.cat([found[i][key] for i in range(len(examples))]) for key in teacher_cache.KEYS
+        key: torch.cat([rows[i][key] for i in range(len(examples))]) for key in teacher_cache.KEYS
     }
 
 

@@ -143,8 +143,8 @@ def launch(device: str) -> str:
 @contextmanager
 def _alone():
     """Inside, the environment is what a launcher makes, of one process where there is none."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     given = "MASTER_PORT" in os.environ
     if not given:
@@ -181,9 +181,9 @@ def memory_knobs():
     try:
         yield
     except torch.OutOfMemoryError as error:
-        found = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        shortage = ". ".join(" ".join(str(error).split()).split(". ")[:2])
         raise UserError(
-            f"{found}: fewer examples per forward (--batch-size, --micro_batch_size, "
+            f"{shortage}: fewer examples per forward (--batch-size, --micro_batch_size, "
             "--per_device_train_batch_size) with more --gradient-accumulation-steps take less "
             "memory, and so do --gradient-checkpointing, --zero 3 on several GPUs, and --offload."
         ) from error

@@ -320,8 +320,8 @@ class _Run:
 
     def write(self, progress: Progress, finish, source: Path, step: dict) -> None:
         tensors = load_file(self._best(progress.best_step))
-        made = finish(tensors)
-        model, side = made if isinstance(made, tuple) else (made, None)
+        finished = finish(tensors)
+        model, side = finished if isinstance(finished, tuple) else (finished, None)
         save.save_model(
             model,
             source,

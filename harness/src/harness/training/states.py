@@ -61,8 +61,8 @@ def load(engine, folder: Path) -> dict | None:
     _check_ours(folder)
     tag, marks = state.get("tag"), state.get("files")
     there = (folder / tag).rglob("*") if isinstance(tag, str) else []
-    found = {str(p.relative_to(folder)): hashes.sample_hash(p) for p in there if p.is_file()}
-    if not found or found != marks:
+    hashed = {str(p.relative_to(folder)): hashes.sample_hash(p) for p in there if p.is_file()}
+    if not hashed or hashed != marks:
         raise UserError(f"the state in {folder} is damaged; start again with --no-resume.")
     loaded = None
     try:
@@ -90,13 +90,13 @@ def _check_ours(folder: Path) -> None:
     if not hasattr(os, "getuid"):
         return
     for path in (folder.parent, folder, *folder.rglob("*")):
-        found = path.lstat()
-        if stat.S_ISLNK(found.st_mode):
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
             fault = "is a link"
-        elif found.st_uid != os.getuid():
-            fault = f"belongs to user {found.st_uid}"
-        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            fault = f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+        elif status.st_uid != os.getuid():
+            fault = f"belongs to user {status.st_uid}"
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            fault = f"may be written by others (mode {stat.S_IMODE(status.st_mode):o})"
         else:
             continue
         raise UserError(

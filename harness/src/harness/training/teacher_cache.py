@@ -136,20 +136,20 @@ class Cache:
         first, last = (self.starts[edge] for edge in edges)
         try:
             file = safe_open(path, framework="pt")
-            found = [file.get_slice(key) for key in KEYS]
+            slices = [file.get_slice(key) for key in KEYS]
         except (OSError, SafetensorError) as error:
             why = one_line(error)
             raise UserError(f"{path} cannot be read ({why}); {AGAIN}") from error
-        if any(part.get_shape()[0] != last - first for part in found):
+        if any(part.get_shape()[0] != last - first for part in slices):
             raise UserError(f"{path} has not the {last - first} labels of its examples; {AGAIN}")
-        return found
+        return slices
 
     def rows(self, indices: list[int]) -> dict[str, Tensor]:
         """What belongs in the micro-batch of these examples (`batching.collate`): "teacher_ids"
         int64, "teacher_log_probs" [R, K] and "teacher_log_tail" [R] float32, the labels of one
         example after those of another."""
-        found = [self._example(index) for index in indices]
-        ids, tops, tails = (torch.cat(parts) for parts in zip(*found, strict=True))
+        examples = [self._example(index) for index in indices]
+        ids, tops, tails = (torch.cat(parts) for parts in zip(*examples, strict=True))
         return {
             "teacher_ids": ids.long(), "teacher_log_probs": tops.float(),
             "teacher_log_tail": tails,

@@ -70,11 +70,11 @@ def held_out(
     # Every rank runs as many batches: at ZeRO 3 they fetch weights from each other.
     for start in range(0, count, batch * ranks):
         mine = range(start + rank * batch, min(start + (rank + 1) * batch, count))
-        some = collate(list(mine) or [0])
-        loss, report = loss_of(running, some)
+        part = collate(list(mine) or [0])
+        loss, report = loss_of(running, part)
         for name, value in {"loss": loss, **report}.items():
             sums[name] = sums.get(name, 0.0) + (value.item() if len(mine) else 0.0)
-        tokens += some["tokens"] if len(mine) else 0
+        tokens += part["tokens"] if len(mine) else 0
     tokens = distributed.sum_number(tokens)
     return {name: distributed.sum_number(value) / tokens for name, value in sums.items()}
 

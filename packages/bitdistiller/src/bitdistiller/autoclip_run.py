@@ -201,5 +201,5 @@ def _search(weight, moments, grid, dtype, scale_dtype):
     if not weight.is_cuda:
         return search(weight, moments, grid, dtype, scale_dtype)
     share = distributed.shares(len(weight))[distributed.rank()]
-    found = search(weight[share], moments, grid, dtype, scale_dtype)
-    return [distributed.gather_rows(part, len(weight)) for part in found]
+    clips = search(weight[share], moments, grid, dtype, scale_dtype)
+    return [distributed.gather_rows(part, len(weight)) for part in clips]

@@ -86,8 +86,8 @@ def _update(grids: result.Grids, layout: str):
     def update(matrices, statistics, hand):
         if grids.grid is None:
             return {linear: Update(values) for linear, values in matrices.items()}
-        found = {n: grids.quantized(f"{hand.prefix}.{n}", w) for n, w in matrices.items()}
-        return {n: Update(w if layout in layouts.PACKED else matrices[n]) for n, w in found.items()}
+        codes = {n: grids.quantized(f"{hand.prefix}.{n}", w) for n, w in matrices.items()}
+        return {n: Update(w if layout in layouts.PACKED else matrices[n]) for n, w in codes.items()}
 
     return update
 

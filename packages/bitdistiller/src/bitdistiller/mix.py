@@ -83,21 +83,21 @@ def mix(
     run.check(overwrite)
     if max_sample is not None and max_sample < 1:
         raise UserError(f"--max_sample {max_sample}: at least 1.")
-    found = [row for name in data for row in read(Path(name))]
-    if drop_unfinished and any(row.ended is None for row in found):
-        unknown = sum(row.ended is None for row in found)
+    rows = [row for name in data for row in read(Path(name))]
+    if drop_unfinished and any(row.ended is None for row in rows):
+        unknown = sum(row.ended is None for row in rows)
         raise UserError(
             f"--drop_unfinished: {unknown} rows do not say whether the response ended (ended: "
             "true or false), as bitdistiller.generate writes it."
         )
-    seen = response_table.lines(found)
+    seen = response_table.lines(rows)
     kept = [
         row
-        for row, line in zip(found, seen, strict=True)
+        for row, line in zip(rows, seen, strict=True)
         if not (line.again or line.empty or (drop_unfinished and not row.ended))
     ]
     if not kept:
-        raise UserError(f"of {len(found)} rows none is left: they say nothing or did not end.")
+        raise UserError(f"of {len(rows)} rows none is left: they say nothing or did not end.")
     random.Random(seed).shuffle(kept)
     kept = kept[:max_sample]
     fields = ({k: v for k, v in row._asdict().items() if v is not None} for row in kept)
@@ -105,7 +105,7 @@ def mix(
     run.compare({"mix": hashes.text_hash(text)}, overwrite=overwrite)
     run.publish_text(text)
     table = response_table.table(seen, "characters")
-    return f"{table}\n{len(kept)} of {len(found)} rows written to {out}"
+    return f"{table}\n{len(kept)} of {len(rows)} rows written to {out}"
 
 
 def read(path: Path) -> list[Row]:
@@ -117,7 +117,7 @@ def read(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected one that bitdistiller.generate wrote.")
     files.select(path, "train")  # refuses formats that nobody reads
-    found = []
+    rows = []
     for number, row in enumerate(files.rows(path), 1):
         if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
             raise UserError(
@@ -127,8 +127,8 @@ def read(path: Path) -> list[Row]:
         ended = row.get("ended")
         ended = ended if isinstance(ended, bool) else None
         dataset = str(row.get("dataset") or prompts.label(path))
-        found.append(Row(row["prompt"], row["response"], dataset, ended))
-    return found
+        rows.append(Row(row["prompt"], row["response"], dataset, ended))
+    return rows
 
 
 if __name__ == "__main__":

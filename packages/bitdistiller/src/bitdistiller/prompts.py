@@ -93,8 +93,8 @@ def prompts(name: str) -> list[str]:
             asked += fronts(paragraphs(rows[0]["text"]))
             continue
         # Chosen once: where it is there and empty, no other column is read.
-        known = ("prompt", COLUMNS["math"], COLUMNS["alpaca"], *files.TEXT_COLUMNS)
-        asks = next((n for n in known if any(isinstance(r.get(n), str) for r in rows[:100])), None)
+        order = ("prompt", COLUMNS["math"], COLUMNS["alpaca"], *files.TEXT_COLUMNS)
+        asks = next((n for n in order if any(isinstance(r.get(n), str) for r in rows[:100])), None)
         for number, row in enumerate(rows, 1):
             only = {n: row[n] for n in (asks, "input") if n in row} if asks in row else row
             found = prompt(row if kind else only, kind)

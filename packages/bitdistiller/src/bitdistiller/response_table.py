@@ -56,8 +56,8 @@ def table(found: list[Line], unit: str) -> str:
 
 def _cells(some: list[Line]) -> list[str]:
     prompts, responses = ([getattr(line, name) for line in some] for name in ("prompt", "response"))
-    known = [line.ended for line in some if line.ended is not None]
-    cut = str(known.count(False)) if known else "?"
+    ended = [line.ended for line in some if line.ended is not None]
+    cut = str(ended.count(False)) if ended else "?"
     counts = (sum(getattr(line, name) for line in some) for name in ("empty", "again"))
     lengths = (f"{f(v):.0f}" for v in (prompts, responses) for f in (fmean, ninth_tenth))
     return [str(len(some)), *lengths, cut, *map(str, counts)]

@@ -127,9 +127,9 @@ class Grids:
             grouped = values.float().unflatten(1, (scale.shape[1], -1))
             codes = torch.round(grouped / scale.float()[..., None]) + zero.float()[..., None]
             codes = codes.clamp_(0, self.grid.max_code).flatten(1).to(torch.uint8)
-            found = QuantizedWeight(codes, scale, zero, self.grid)
-            if torch.equal(found.dequantize(scale.dtype), values.to(scale.dtype)):
-                return found
+            weight = QuantizedWeight(codes, scale, zero, self.grid)
+            if torch.equal(weight.dequantize(scale.dtype), values.to(scale.dtype)):
+                return weight
         raise UserError(
             f"{self.folder}: the values of {name} are not those of its grid in {FILE}; the folder "
             "was changed after training. Train again, or take an untouched copy."

@@ -64,8 +64,8 @@ def check(
     """Refuse what :func:`build` cannot make of ``model``, which may be on the meta device: only the
     shapes of its linears are looked at. Arguments and errors are those of :func:`build`."""
     _check_choices(grid, ranges, learn, start)
-    found = find_linears(model)
-    shapes = {name: tuple(get_matrix(module).shape) for name, module in found.items()}
+    linears = find_linears(model)
+    shapes = {name: tuple(get_matrix(module).shape) for name, module in linears.items()}
     check_group_size({name: columns for name, (_, columns) in shapes.items()}, grid)
     if ranges is not None:
         _check_ranges(shapes, ranges, grid)
@@ -166,11 +166,11 @@ def _check_ranges(shapes: dict[str, tuple[int, int]], ranges: Ranges, grid) -> N
 
 def _check_start(shapes: dict[str, tuple[int, int]], grid, begun: result.Grids) -> None:
     begun.check_codes()
-    found = begun.grid
-    if found != grid:
+    before = begun.grid
+    if before != grid:
         raise UserError(
-            f"{begun.folder} has {found.bits} bits in groups of {found.group_size}; asked for are "
-            f"{grid.bits} in groups of {grid.group_size}. Give those flags as it has them."
+            f"{begun.folder} has {before.bits} bits in groups of {before.group_size}; asked for "
+            f"are {grid.bits} in groups of {grid.group_size}. Give those flags as it has them."
         )
     for name, (rows, columns) in shapes.items():
         scale, _ = begun.read(name)

@@ -42,9 +42,9 @@ def collate(examples: Examples, tokenizer, per_example: bool, stored=None) -> Ca
     pad = batching.pad_id(tokenizer)
 
     def batch(indices: list[int]) -> dict:
-        made = batching.collate([examples[i] for i in indices], pad)
+        collated = batching.collate([examples[i] for i in indices], pad)
         if per_example:
-            made["tokens"] = len(indices)
-        return made | (stored.rows(indices) if stored else {})
+            collated["tokens"] = len(indices)
+        return collated | (stored.rows(indices) if stored else {})
 
     return batch

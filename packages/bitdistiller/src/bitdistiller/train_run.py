@@ -162,9 +162,9 @@ def _evaluate(settings, look_at, tokenizer, loss_of: Callable) -> Callable:
     size = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
 
     def held_out(running, step: int) -> dict:
-        found = validation.held_out(running, len(look_at), collate, loss_of, batch=size)
-        named = {f"validation_{name}": value for name, value in found.items()}
-        return {"value": found["loss"], **named}
+        means = validation.held_out(running, len(look_at), collate, loss_of, batch=size)
+        named = {f"validation_{name}": value for name, value in means.items()}
+        return {"value": means["loss"], **named}
 
     return held_out
 
@@ -172,8 +172,8 @@ def _evaluate(settings, look_at, tokenizer, loss_of: Callable) -> Callable:
 def _cache(settings, source: Path, config, examples) -> teacher_cache.Cache | None:
     if not settings.teacher_cache:
         return None
-    known = config.get_text_config().vocab_size
-    stored = teacher_cache.Cache(settings.teacher_cache, examples, known)
+    vocabulary = config.get_text_config().vocab_size
+    stored = teacher_cache.Cache(settings.teacher_cache, examples, vocabulary)
     if stored.identity["teacher_files"] != hashes.model_files(source):
         raise UserError(
             f"{settings.teacher_cache} holds the probabilities of another model than "
@@ -186,7 +186,7 @@ def _training(settings, count: int) -> engine.Training:
     batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     batch *= distributed.world_size()
     steps = settings.max_steps or max(1, ceil(settings.num_train_epochs * count / max(1, batch)))
-    made = engine.Training(
+    training = engine.Training(
         settings.learning_rate, steps, settings.per_device_train_batch_size,
         settings.gradient_accumulation_steps, settings.warmup_steps, settings.lr_scheduler_type,
         weight_decay=settings.weight_decay, clip=settings.max_grad_norm, zero=settings.zero,
@@ -197,7 +197,7 @@ def _training(settings, count: int) -> engine.Training:
         f"{settings.kd_loss_type} of {settings.model}: {steps} steps of {batch} examples, "
         f"{steps * batch / count:.3g} epochs, learning rate {settings.learning_rate:.3g}"
     )
-    return made
+    return training
 
 
 def _objective(settings, teacher, stored, batches) -> tuple[Callable, float | None]:

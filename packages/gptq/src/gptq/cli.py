@@ -154,9 +154,9 @@ def _print_table(rows: list[dict]) -> None:
     if not kinds:
         return
     print("| linear | mean error | worst error | in block |\n| --- | ---: | ---: | ---: |")
-    for kind, some in kinds.items():
-        worst = max(some, key=lambda row: row["error"])
-        mean = sum(row["error"] for row in some) / len(some)
+    for kind, of_kind in kinds.items():
+        worst = max(of_kind, key=lambda row: row["error"])
+        mean = sum(row["error"] for row in of_kind) / len(of_kind)
         print(f"| {kind} | {mean:.3g} | {worst['error']:.3g} | {worst['block']} |")
 
 

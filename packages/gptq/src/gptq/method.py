@@ -144,8 +144,8 @@ def _output_norms(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """
     sizes = weight.square().sum(dim=1)
     largest = sizes.topk(min(ROWS_FOR_NORM, len(weight))).indices
-    some = torch.arange(0, len(weight), -(-len(weight) // ROWS_FOR_NORM), device=weight.device)
-    norms = sizes * (_exact_norms(weight[some], hessian).sum() / sizes[some].sum().clamp_min(1e-30))
+    rows = torch.arange(0, len(weight), -(-len(weight) // ROWS_FOR_NORM), device=weight.device)
+    norms = sizes * (_exact_norms(weight[rows], hessian).sum() / sizes[rows].sum().clamp_min(1e-30))
     norms[largest] = _exact_norms(weight[largest], hessian)
     return norms
 

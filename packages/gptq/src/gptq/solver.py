@@ -89,8 +89,8 @@ def solve(  # noqa: C901
                 values = work[first : first + g]
                 if kept is not None:
                     values = values.masked_fill(kept[first : first + g], 0)
-                found = find_scale_zero(values.T, grid, scale_dtype)
-                scale[first // g], zero[first // g] = found
+                scales = find_scale_zero(values.T, grid, scale_dtype)
+                scale[first // g], zero[first // g] = scales
             same = groups[first] == groups[last - 1] and order is None
             pick = slice(groups[first], groups[first] + 1) if same else group[first:last]
             errors_here = errors[first - start : last - start]

@@ -54,10 +54,10 @@ def encode(tokenizer, prompt: str, response: str) -> Side:
     head = tokenizer(prompt, verbose=False)["input_ids"]
     if head[-1:] == [tokenizer.eos_token_id] and len(head) > 1:
         head = head[:-1]  # some tokenizers end every text
-    found = tokenizer(
+    encoded = tokenizer(
         response, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
+    ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
     return [*head, *ids, tokenizer.eos_token_id], [*ends, len(response)], len(head)
 
 
@@ -88,17 +88,17 @@ def batch(
     """
     from harness.training.batching import collate
 
-    made = []
+    aligned = []
     for pair in pairs:
         sides = [
             encode(tokenizer, pair["prompt"], pair["response"])
             for tokenizer in (teacher_tokenizer, student_tokenizer)
         ]
-        made.append((*sides, *places(*sides, longest)))
-    teacher = collate([_row(side, longest) for side, _, _, _ in made], pads[0])
-    student = collate([_row(side, longest) for _, side, _, _ in made], pads[1])
+        aligned.append((*sides, *places(*sides, longest)))
+    teacher = collate([_row(side, longest) for side, _, _, _ in aligned], pads[0])
+    student = collate([_row(side, longest) for _, side, _, _ in aligned], pads[1])
     theirs, ours = (torch.zeros_like(some["labels"]).bool() for some in (teacher, student))
-    for row, (_, _, at, mine) in enumerate(made):
+    for row, (_, _, at, mine) in enumerate(aligned):
         theirs[row, at] = True
         ours[row, mine] = True
     return student | {

@@ -115,14 +115,14 @@ def run(settings) -> list[dict] | None:
         for step in chain:
             _forget(step)
     for number, step in enumerate(chain, 1):
-        made = None if settings.overwrite else _made_by(step)
-        if made == str(step):
+        there = None if settings.overwrite else _made_by(step)
+        if there == str(step):
             _say(f"[{number}/{len(chain)}] {step.name}: made before, kept")
             _sweep(step)
             continue
-        if made:
+        if there:
             raise UserError(
-                f"{step.result} is there, made by `{made}`; choose another --out, or start afresh "
+                f"{step.result} is there, made by `{there}`; choose another --out, or start afresh "
                 "with --overwrite."
             )
         _say(f"[{number}/{len(chain)}] {step.name}")

@@ -30,9 +30,9 @@ def load(name: str) -> list[tuple[str, list[str]]]:
     """
     if name.lower() in HUB:
         path = _fetch(name.lower())
-        found = _examples(path)
+        examples = _examples(path)
         # How the original's files may write line ends.
-        return [(prompt.replace("<n>", "\n"), some) for prompt, some in found]
+        return [(prompt.replace("<n>", "\n"), some) for prompt, some in examples]
     if name in corpora.DATASETS:
         return [(pair["prompt"], [pair["response"]]) for pair in corpora.instructions(name, "test")]
     source = Path(name)
@@ -42,19 +42,19 @@ def load(name: str) -> list[tuple[str, list[str]]]:
             + nearest(name, NAMES)
         )
     chosen, own = files.select(source, "test")
-    found = [pair for path in chosen for pair in _examples(path)]
+    examples = [pair for path in chosen for pair in _examples(path)]
     if own or (source.is_file() and files.split_of(source, source.parent)):
-        return found
+        return examples
     print(
         f"note: {name}: its test part, a twentieth; a file named test* is taken whole",
         file=sys.stderr,
     )
-    return instructions.deal(found, "test")
+    return instructions.deal(examples, "test")
 
 
 def _examples(path: Path) -> list[tuple[str, list[str]]]:
     """(prompt, references) of a file's rows, from columns that are chosen once."""
-    rows, found = files.rows(path), []
+    rows, examples = files.rows(path), []
     names = columns.pair_columns(rows[: columns.HEAD])
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
@@ -69,10 +69,10 @@ def _examples(path: Path) -> list[tuple[str, list[str]]]:
             pair = None
         if pair is None:
             raise UserError(f"{where}: {', '.join(map(str, row)) or 'nothing'}; {EXPECTED}.")
-        found.append(
+        examples.append(
             (pair["prompt"], references if isinstance(references, list) else [pair["response"]])
         )
-    return found
+    return examples
 
 
 def _fetch(name: str) -> Path:

@@ -62,19 +62,19 @@ class OnPolicy:
         if number != self.number:
             self.phase, self.number = self._write(number), number
         seed, size = self.training.seed, self.training.micro_batch
-        made = rollouts.micro_batches(self.phase, self.plan.chosen(step, seed), size, self.pad)
+        micro = rollouts.micro_batches(self.phase, self.plan.chosen(step, seed), size, self.pad)
         if self.text is None:
-            return made
+            return micro
         # Another order than that of the prompts.
         dealt = batching.deal(self.text.lengths, step, replace(self.training, seed=seed + 2))
         windows = batching.batch_size(self.training) * (self.text.lengths[0] - 1)
-        for batch, some in zip(made, dealt, strict=True):
+        for batch, some in zip(micro, dealt, strict=True):
             text = batching.collate([self.text[i] for i in some], self.pad)
             batch["read"] += text["read"]
             batch |= {"text_ids": text["input_ids"], "text_labels": text["labels"]}
             # The text's mean, in a sum that is to be divided by the tokens of the responses.
             batch["text_share"] = self.lm_coef * batch["step_tokens"] / windows
-        return made
+        return micro
 
     def _write(self, number: int) -> rollouts.Phase:
         seed, plan = self.training.seed, self.plan
@@ -144,19 +144,19 @@ class OnPolicy:
                 references = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
                 score += rouge_l(texts, references) * len(part)
         total, tokens, score = (distributed.sum_number(n) for n in (total, tokens, score))
-        found = {"reverse_kl": total / tokens, "rouge_l": score / count, "length": tokens / count}
-        return {"value": found["rouge_l" if self.select == "rouge" else "reverse_kl"], **found}
+        values = {"reverse_kl": total / tokens, "rouge_l": score / count, "length": tokens / count}
+        return {"value": values["rouge_l" if self.select == "rouge" else "reverse_kl"], **values}
 
     def _respond(self, student, rows: list, draws) -> tuple[dict, list[str]]:
         """A batch (`batching.collate`) of responses of the student alone, and their texts."""
         prompts = [ids[:first] for ids, first in rows]
         ids, mask = responses.pad_left(prompts, self.pad)
         device = next(student.parameters()).device
-        made = sampling.sample(
+        sampled = sampling.sample(
             student, None, ids.to(device), mask.to(device), draws, alpha=0.0,
             ends={self.tokenizer.eos_token_id}, pad=self.pad, vocabulary=self.columns,
         )  # fmt: skip
-        pairs = zip(made.responses.cpu(), made.mask.cpu(), strict=True)
+        pairs = zip(sampled.responses.cpu(), sampled.mask.cpu(), strict=True)
         answers = [tokens[inside] for tokens, inside in pairs]
         both = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
         batch = batching.collate(

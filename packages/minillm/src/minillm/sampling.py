@@ -106,8 +106,8 @@ def sample(
 def _pick(probabilities: Tensor, draw: Tensor) -> Tensor:
     """int64 [B]: where draw [B] falls in the cumulated probabilities [B, V]."""
     heap = probabilities.cumsum(-1)
-    found = torch.searchsorted(heap, draw[:, None] * heap[:, -1:], right=True)[:, 0]
-    return found.clamp_max(probabilities.shape[-1] - 1)
+    place = torch.searchsorted(heap, draw[:, None] * heap[:, -1:], right=True)[:, 0]
+    return place.clamp_max(probabilities.shape[-1] - 1)
 
 
 class _Stepper:

@@ -139,12 +139,12 @@ def print_table(rows: list[dict]) -> None:
         kinds.setdefault(row["name"].split(f".{row['block']}.", 1)[1], []).append(row)
     print("| linear | sparsity | mean error | worst error | in block |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for kind, some in kinds.items():
-        zeros = sum(row["zeros"] for row in some) / sum(row["weights"] for row in some)
+    for kind, of_kind in kinds.items():
+        zeros = sum(row["zeros"] for row in of_kind) / sum(row["weights"] for row in of_kind)
         cells = ["", "", ""]
-        if some[0]["error"] is not None:
-            worst = max(some, key=lambda row: row["error"])
-            mean = sum(row["error"] for row in some) / len(some)
+        if of_kind[0]["error"] is not None:
+            worst = max(of_kind, key=lambda row: row["error"])
+            mean = sum(row["error"] for row in of_kind) / len(of_kind)
             cells = [f"{mean:.3g}", f"{worst['error']:.3g}", str(worst["block"])]
         print(f"| {kind} | {zeros:.4f} | {' | '.join(cells)} |")
 

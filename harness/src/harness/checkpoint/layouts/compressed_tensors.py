@@ -199,14 +199,14 @@ def check(linear: str, part: Mapping, grid: Grid) -> None:
 def parts(grid: Grid, rows: int, columns: int, dtype: torch.dtype):
     count = columns // grid.columns_per_group(columns)
     words, zeros = -(-columns * grid.bits // 32), -(-rows * grid.bits // 32)
-    made = {
+    tensors = {
         "weight_packed": ((rows, words), torch.int32),
         "weight_scale": ((rows, count), dtype),
         "weight_shape": ((2,), torch.int64),
     }
     if not grid.symmetric:
-        made["weight_zero_point"] = ((zeros, count), torch.int32)
-    return made
+        tensors["weight_zero_point"] = ((zeros, count), torch.int32)
+    return tensors
 
 
 def encode(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:

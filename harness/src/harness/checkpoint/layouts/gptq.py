@@ -197,5 +197,5 @@ def readers(scheme: Scheme, family: str, fault: str | None) -> str:
     (grid,) = scheme.grids
     served = {4: "vLLM (on a GPU, or a CPU with AVX-512), ", 8: "vLLM on a GPU, "}
     served = served.get(grid.bits, "") if family in IN_VLLM and grid.symmetric else ""
-    known = "GPTQModel where its kernels know the width"
-    return f"{served}the harness; made for {known} and this family"
+    others = "GPTQModel where its kernels know the width"
+    return f"{served}the harness; made for {others} and this family"

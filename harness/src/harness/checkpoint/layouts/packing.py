@@ -52,15 +52,15 @@ def order(tensors, name: str, columns: int, grid: Grid) -> torch.Tensor | None:
     """The group of each column [I] where the file says one that is out of order."""
     if name not in tensors:
         return None
-    found, size = tensors[name].long(), grid.columns_per_group(columns)
-    if (found == -1).all() or torch.equal(found, torch.arange(columns) // size):
+    group, size = tensors[name].long(), grid.columns_per_group(columns)
+    if (group == -1).all() or torch.equal(group, torch.arange(columns) // size):
         return None
-    if found.shape != (columns,) or found.min() < 0 or found.max() >= columns // size:
+    if group.shape != (columns,) or group.min() < 0 or group.max() >= columns // size:
         raise UserError(
-            f"{name} names groups {found.min()} to {found.max()} for {len(found)} columns; there "
+            f"{name} names groups {group.min()} to {group.max()} for {len(group)} columns; there "
             f"are {columns // size} for {columns}. The checkpoint is damaged, get another copy."
         )
-    return found
+    return group
 
 
 def sizes(linear: str, part: Mapping, name: str) -> tuple[int, int]:
@@ -95,9 +95,9 @@ def field(config: dict, name: str, kind: type):
     """
     value = config.get(name)
     if type(value) is not kind:
-        found = "lacks" if name not in config else f"has {value!r:.40} for"
+        fault = "lacks" if name not in config else f"has {value!r:.40} for"
         wanted = "a whole number" if kind is int else "true or false"
-        raise UserError(f"quantization_config {found} {name}; expected {wanted}.")
+        raise UserError(f"quantization_config {fault} {name}; expected {wanted}.")
     return value
 
 

@@ -58,7 +58,7 @@ def ranges(decoder: Decoder, attention, mlp) -> dict[str, tuple[int, int]]:
     start, end = -(-3 * count // 32), count - -(-count // 32)
     if start >= end:  # two blocks or fewer
         start, end = 0, count
-    found = {}
+    spans = {}
     for kind, (first, last) in (("attention", attention), ("mlp", mlp)):
         chosen = (start if first is None else first, end if last is None else last)
         flags = f"--block_{kind}_layer_start {chosen[0]} --block_{kind}_layer_end {chosen[1]}"
@@ -71,8 +71,8 @@ def ranges(decoder: Decoder, attention, mlp) -> dict[str, tuple[int, int]]:
                 f"{flags}: the first and the last blocks matter most (the original's 3 and 31 of "
                 f"32, for {count} blocks)"
             )
-        found[kind] = chosen
-    return found
+        spans[kind] = chosen
+    return spans
 
 
 def _structures(exact: Decoder) -> list[groups.Structure]:

@@ -21,18 +21,18 @@ Line = tuple[str, int, str, torch.Tensor]
 
 def lines(cut: Cut, index: int | None) -> list[Line]:
     """What of block ``index`` (None: of what lies outside the blocks) belongs to groups."""
-    found = []
+    result = []
     for some in cut.chosen.get(index, []):
         name = part(index, some)
-        found += [(f"{feeder}.weight", 0, name, rows) for feeder, rows in some.rows.items()]
-        found.append((f"{some.reader}.weight", 1, name, some.columns))
+        result += [(f"{feeder}.weight", 0, name, rows) for feeder, rows in some.rows.items()]
+        result.append((f"{some.reader}.weight", 1, name, some.columns))
     holds = cut.holds.get(index, {})
     if holds:
         members = torch.arange(len(cut.alive[HIDDEN]))[:, None]
         for name, hold in holds.items():
             if not name.endswith(".bias"):
-                found.append((name, int(hold.how == COLUMNS), HIDDEN, members))
-    return found
+                result.append((name, int(hold.how == COLUMNS), HIDDEN, members))
+    return result
 
 
 # One pass, in its order.
@@ -63,9 +63,9 @@ def score(  # noqa: C901
         if index in cut.holds:
             hidden_channels.zero(module, cut.holds[index], cut.alive[HIDDEN])
 
-    def add(index: int | None, module: nn.Module, found: dict) -> None:
+    def add(index: int | None, module: nn.Module, gradients: dict) -> None:
         for name, dim, where, members in lines(cut, index):
-            parts = (_matrix(module, name, t) for t in found[name])
+            parts = (_matrix(module, name, t) for t in gradients[name])
             weight, gradient, squares = parts
             scores = line_scores(weight, dim, pruner, taylor, gradient, squares)
             by_part[where].append((scores.cpu(), members))
@@ -75,8 +75,8 @@ def score(  # noqa: C901
 
     if pruner == "taylor":
         squares = needs_squares(taylor)
-        for index, found in backward(decoder, windows, names, squares=squares, prepare=prepare):
-            add(index, decoder.model if index is None else decoder.blocks[index], found)
+        for index, gradients in backward(decoder, windows, names, squares=squares, prepare=prepare):
+            add(index, decoder.model if index is None else decoder.blocks[index], gradients)
     else:
         for index in track(range(len(decoder)), "scores", len(decoder)):
             if names(index):
