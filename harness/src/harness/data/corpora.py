@@ -370,9 +370,9 @@ def check_token(largest: int, config) -> None:
     Raises:
         UserError: ``largest`` is beyond the vocabulary.
     """
-    vocabulary = config.get_text_config().vocab_size
-    if largest >= vocabulary:
+    size = config.get_text_config().vocab_size
+    if largest >= size:
         raise UserError(
-            f"the tokenizer gives token {largest}, the model knows {vocabulary}; tokenizer and model "
-            "do not belong together."
+            f"the tokenizer gives token {largest}, the model knows {size}; tokenizer and model do "
+            "not belong together."
         )
