@@ -64,7 +64,12 @@ def test_disk(layout, bits, group, symmetric, computed, source, tmp_path, capsys
 
     settings = {"sparsity": 0.5} if grid is None else {}
     method = sequential.Method(
-        "some", settings, [sequential.per_stage(update)], (), layout=layout, scheme=Scheme(grid)
+        "some",
+        settings,
+        [sequential.per_stage(update)],
+        (),
+        layout=layout,
+        scheme=grid and Scheme(grid),
     )
     _, disk = told(decoder, method, capsys)
     out = tmp_path / "made"
