@@ -19,6 +19,7 @@ nox.options.reuse_venv = "yes"
 METHODS = ("gptq", "sparse", "minillm", "bitdistiller")
 nox.options.sessions = ["lint", "harness", *METHODS, "house", "vllm"]
 
+TWO = ("-n", "2", "--dist", "loadfile")
 # Waiting threads sleep: spinning ones slow a busy machine down by ten times and more (measured).
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
@@ -68,12 +69,13 @@ def install(session: nox.Session, *packages: str, versions: str = "constraints.t
             session.warn("pip failed; trying once more from the start")
 
 
-def run_pytest(session: nox.Session, *paths: str, threads: str = "1") -> None:
-    """Tests, without the hub; one thread unless told otherwise, for the tensors are tiny."""
-    threads = os.environ.get("OMP_NUM_THREADS", threads)
+def run_pytest(session: nox.Session, *words: str) -> None:
+    """Tests, without the hub; one thread, for the tensors are tiny. TWO: files of tests are dealt
+    to two processes (`-- -n 0`: to none)."""
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
     env = {**QUIET, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    words = ["--durations=10", "--durations-min=5", *session.posargs]
-    session.run("python", "-m", "pytest", *paths, *words, env=env)
+    words = [*words, "--durations=10", "--durations-min=5", *session.posargs]
+    session.run("python", "-m", "pytest", *words, env=env)
 
 
 @nox.session
@@ -88,49 +90,49 @@ def lint(session: nox.Session) -> None:
 def harness(session: nox.Session) -> None:
     """Tests of the shared floor."""
     install(session, "harness[test,tasks,deepspeed]")
-    run_pytest(session, "harness/tests")
+    run_pytest(session, "harness/tests", *TWO)
 
 
 @nox.session
 def gptq(session: nox.Session) -> None:
     """Tests of GPTQ; Triton's interpreter stands in for a GPU."""
     install(session, "./packages/gptq[test]", *TRITON)
-    run_pytest(session, "packages/gptq/tests")
+    run_pytest(session, "packages/gptq/tests", *TWO)
 
 
 @nox.session
 def sparse(session: nox.Session) -> None:
     """Tests of the pruners and of recovery."""
     install(session, "sparse[test]", "bitsandbytes", *TRITON)
-    run_pytest(session, "packages/sparse/tests")
+    run_pytest(session, "packages/sparse/tests", *TWO)
 
 
 @nox.session
 def minillm(session: nox.Session) -> None:
     """Tests of distillation, on real DeepSpeed."""
     install(session, "minillm[test]")
-    run_pytest(session, "packages/minillm/tests")
+    run_pytest(session, "packages/minillm/tests", *TWO)
 
 
 @nox.session
 def bitdistiller(session: nox.Session) -> None:
     """Tests of clipping, teacher data, quantization-aware training and export."""
     install(session, "bitdistiller[test]")
-    run_pytest(session, "packages/bitdistiller/tests")
+    run_pytest(session, "packages/bitdistiller/tests", *TWO)
 
 
 @nox.session
 def house(session: nox.Session) -> None:
     """Tests across packages: who imports whom, the README's commands, the recipes."""
     install(session, *PACKAGES, "bitsandbytes")
-    run_pytest(session, "tests", threads="2")  # of the embedded model, mostly
+    run_pytest(session, "tests", *TWO)
 
 
 @nox.session
 def recipes(session: nox.Session) -> None:
     """The part of `house` that runs the recipes end to end on tiny models and texts."""
     install(session, *PACKAGES, "bitsandbytes")
-    run_pytest(session, "tests/test_recipes.py", threads="2")
+    run_pytest(session, "tests/test_recipes.py")
 
 
 @nox.session

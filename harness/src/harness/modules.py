@@ -46,6 +46,15 @@ def _computes_a_product(kind: type[nn.Linear]) -> bool:
         return False
 
 
+def block_linears(prefix: str, blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    """Full name -> every linear of the blocks (:func:`find_blocks`)."""
+    return {
+        f"{prefix}.{index}.{name}": module
+        for index, block in enumerate(blocks)
+        for name, module in linears(block).items()
+    }
+
+
 def ignore(prefix: str, blocks: nn.ModuleList, patterns: Sequence[str]) -> list[str]:
     """Leave linears of ``blocks``, whose list is called ``prefix``, out of all that
     :func:`linears` tells from now on; returns their full names.
@@ -56,11 +65,7 @@ def ignore(prefix: str, blocks: nn.ModuleList, patterns: Sequence[str]) -> list[
     Raises:
         UserError: a pattern meets no linear, or is no regular expression.
     """
-    every = {
-        f"{prefix}.{index}.{name}": module
-        for index, block in enumerate(blocks)
-        for name, module in linears(block).items()
-    }
+    every = block_linears(prefix, blocks)
     left_out = set()
     for pattern in patterns:
         try:

@@ -15,7 +15,7 @@ from bitdistiller import blockwise, clip_file, export, result, student, train
 from harness import paths
 from harness.checkpoint import load
 from harness.data import corpora
-from harness.modules import get_matrix
+from harness.modules import block_linears, find_blocks, get_matrix
 from harness.quant.grid import Grid, nearest
 from naive_rounding import learned, through
 
@@ -140,7 +140,7 @@ def test_conv1d(tmp_path, inputs):
     families.save("gpt2", tmp_path / "model", tokenizer=True, n_layer=2)
     assert run((tmp_path / "model", inputs[1]), tmp_path / "out", "--epochs", "1") == 0
     model, codes = result.read(tmp_path / "out")
-    for name, module in student.find_linears(model).items():
+    for name, module in block_linears(*find_blocks(model)).items():
         assert torch.equal(codes[name].dequantize(torch.float32), get_matrix(module))
 
 

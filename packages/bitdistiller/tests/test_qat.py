@@ -16,6 +16,7 @@ from harness import paths
 from harness.checkpoint import load
 from harness.data import corpora, example_sets
 from harness.metrics import perplexity
+from harness.modules import block_linears, find_blocks
 from harness.quant.grid import Grid
 from harness.training import batching, engine, validation
 
@@ -143,7 +144,7 @@ def test_what_was_evaluated_is_what_loads(place, tmp_path, monkeypatch, model, d
     found = result.Grids(out)
     assert found.kind == ("nf3" if "nf3" in words else "int")
     if found.kind == "int":
-        assert found.grid == GRID and found.names == student.find_linears(model).keys()
+        assert found.grid == GRID and found.names == block_linears(*find_blocks(model)).keys()
 
 
 def test_the_clipped_checkpoint_is_where_it_begins(place, clipped, tmp_path):

@@ -11,7 +11,7 @@ import families
 from bitdistiller import result, student
 from harness.checkpoint import save
 from harness.errors import UserError
-from harness.modules import get_matrix, set_matrix
+from harness.modules import block_linears, find_blocks, get_matrix, set_matrix
 from harness.quant import fake_quant, normal_float
 from harness.quant.grid import Grid, nearest
 from harness.quant.normal_float import NormalFloat
@@ -28,7 +28,7 @@ def logits(model, ids=IDS):
 def make_ranges(model, grid=GRID):
     """Clip ranges that cut every group at both ends, in the model's dtype."""
     ranges = {}
-    for name, module in student.find_linears(model).items():
+    for name, module in block_linears(*find_blocks(model)).items():
         matrix = get_matrix(module)
         groups = matrix.unflatten(1, (-1, grid.columns_per_group(matrix.shape[1])))
         ranges[name] = 0.7 * groups.amin(2), 0.8 * groups.amax(2)
@@ -38,7 +38,7 @@ def make_ranges(model, grid=GRID):
 def rounded(model, ranges, grid=GRID):
     """A plain model whose linears hold the nearest values of the clamped weights."""
     model = copy.deepcopy(model)
-    for name, module in student.find_linears(model).items():
+    for name, module in block_linears(*find_blocks(model)).items():
         matrix = get_matrix(module)
         low, high = (t.repeat_interleave(matrix.shape[1] // t.shape[1], 1) for t in ranges[name])
         clamped = matrix.clamp(low, high)
@@ -181,7 +181,7 @@ def test_refused_starts(tmp_path):
 def test_normal_float_student(tmp_path):
     model, grid = families.save("llama", tmp_path / "dense"), NormalFloat(3, 16)
     built = student.build(copy.deepcopy(model), grid)
-    for module in student.find_linears(model).values():
+    for module in block_linears(*find_blocks(model)).values():
         set_matrix(module, normal_float.nearest(get_matrix(module), grid, model.dtype))
     expected = logits(built)
     assert torch.equal(expected, logits(model))

@@ -16,6 +16,7 @@ from harness.checkpoint import load
 from harness.data import example_sets
 from harness.errors import UserError
 from harness.losses.nll import nll_sum
+from harness.modules import block_linears, find_blocks
 from harness.training import lora, validation
 from sparse import recover_run
 from sparse.recover import Settings, main
@@ -96,7 +97,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_is_better(place, tmp_path, fa
 def test_lora_moves_its_targets_by_its_products_and_nothing_else():
     model = families.build("llama")
     old = {name: p.clone() for name, p in model.named_parameters()}
-    names = list(lora.block_linears(model))
+    names = list(block_linears(*find_blocks(model)))
     targets = lora.choose_targets(names, ["q_proj", "down_proj"])
     options = {"targets": targets, "r": 2, "alpha": 6, "dropout": 0.5, "seed": 0}
     adapted = lora.add(model, **options)
@@ -135,7 +136,7 @@ def test_the_micro_batch_changes_nothing(place, tmp_path):
 def test_zeros_stay_or_are_filled_knowingly(place, tmp_path):
     model = families.build("llama")
     with torch.no_grad():
-        for module in lora.block_linears(model).values():
+        for module in block_linears(*find_blocks(model)).values():
             module.weight[torch.rand_like(module.weight) < 0.5] = 0
     sparse = tmp_path / "sparse"
     model.save_pretrained(sparse)
@@ -151,7 +152,7 @@ def test_zeros_stay_or_are_filled_knowingly(place, tmp_path):
     kept, filled = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("kept", "filled")
     )
-    linears = {f"{name}.weight" for name in lora.block_linears(model)}
+    linears = {f"{name}.weight" for name in block_linears(*find_blocks(model))}
     for name, new in kept.named_parameters():
         assert torch.equal(new == 0, zeros[name]), name
         assert not torch.equal(new, model.get_parameter(name)), name
@@ -190,7 +191,7 @@ def test_a_bitmask_checkpoint_comes_back_dense_with_its_zeros(place, tmp_path, c
     recover(packed, text, out, tune="full", **QUICK)
     assert "packed is stored as bitmask; the result is written dense" in capsys.readouterr().err
     old, new = load.load_model(packed), AutoModelForCausalLM.from_pretrained(out)
-    for name in lora.block_linears(old):
+    for name in block_linears(*find_blocks(old)):
         one, other = (m.get_parameter(f"{name}.weight") for m in (old, new))
         assert torch.equal(one == 0, other == 0) and not torch.equal(one, other)
 
@@ -270,7 +271,7 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(place, tmp_path, capsy
     captured = capsys.readouterr()
     trained = sum(
         8 * (m.in_features + m.out_features)
-        for m in lora.block_linears(families.build("llama")).values()
+        for m in block_linears(*find_blocks(families.build("llama"))).values()
     )
     assert f"recover (lora): {trained / 1e6:.2f} of" in captured.out
     assert "steps of 8" in captured.err and list(tmp_path.iterdir()) == []

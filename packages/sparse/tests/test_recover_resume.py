@@ -74,9 +74,9 @@ def test_two_ranks_equal_one(inputs, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
     losses = {}
-    for name, launch in (("one", []), ("two", launcher)):
+    for name, launch, zero in (("one", [], "0"), ("two", launcher, "2")):
         done = subprocess.run(
-            [sys.executable, *launch, *command, "--out", name],
+            [sys.executable, *launch, *command, "--zero", zero, "--out", name],
             cwd=tmp_path,
             env=ONE_THREAD,
             capture_output=True,

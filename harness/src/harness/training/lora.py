@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from harness import distributed, precision
 from harness.errors import UserError, nearest
-from harness.modules import find_blocks, linears
 from harness.training import loop
 
 
@@ -50,16 +49,6 @@ def _adapted(model, targets: list[str] | None, r: int, alpha: int, dropout: floa
     )  # fmt: skip
     torch.manual_seed(seed)
     return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def block_linears(model) -> dict[str, torch.nn.Module]:
-    """Full name -> every linear of the model's blocks."""
-    prefix, blocks = find_blocks(model)
-    return {
-        f"{prefix}.{index}.{name}": module
-        for index, block in enumerate(blocks)
-        for name, module in linears(block).items()
-    }
 
 
 def choose_targets(names: list[str], wanted: list[str] | None) -> list[str]:

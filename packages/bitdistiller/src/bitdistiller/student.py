@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitdistiller import result
 from harness.errors import UserError, nearest
-from harness.modules import find_blocks, get_matrix, linears
+from harness.modules import block_linears, find_blocks, get_matrix
 from harness.quant.fake_quant import FakeQuantLinear
 from harness.quant.grid import Grid, QuantizedWeight, check_group_size
 
@@ -48,7 +48,8 @@ def build(
     """
     check(model, grid, ranges=ranges, learn=learn, start=start)
     begun = {} if start is None else _begin(model, Path(start))
-    put_in(model, find_linears(model), grid, ranges=ranges, learn=learn, dtype=dtype, begun=begun)
+    linears = block_linears(*find_blocks(model))
+    put_in(model, linears, grid, ranges=ranges, learn=learn, dtype=dtype, begun=begun)
     _mark(model, learn)
     return model
 
@@ -64,23 +65,13 @@ def check(
     """Refuse what :func:`build` cannot make of ``model``, which may be on the meta device: only the
     shapes of its linears are looked at. Arguments and errors are those of :func:`build`."""
     _check_choices(grid, ranges, learn, start)
-    linears = find_linears(model)
+    linears = block_linears(*find_blocks(model))
     shapes = {name: tuple(get_matrix(module).shape) for name, module in linears.items()}
     check_group_size({name: columns for name, (_, columns) in shapes.items()}, grid)
     if ranges is not None:
         _check_ranges(shapes, ranges, grid)
     if start is not None:
         _check_start(shapes, grid, result.Grids(Path(start)))
-
-
-def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Full name -> every linear of the decoder blocks, which are those that get quantized."""
-    prefix, blocks = find_blocks(model)
-    return {
-        f"{prefix}.{index}.{name}": module
-        for index, block in enumerate(blocks)
-        for name, module in linears(block).items()
-    }
 
 
 def put_in(

@@ -16,7 +16,7 @@ from harness.checkpoint.weights import Weights
 from harness.data import corpora, example_sets
 from harness.errors import UserError
 from harness.losses import from_hidden
-from harness.modules import find_blocks
+from harness.modules import block_linears, find_blocks
 from harness.quant.scheme import Scheme
 from harness.settings import record
 from harness.training import batching, engine, loop, teacher_cache, validation
@@ -121,7 +121,7 @@ def _finish(pupil, start: Path, beside: list[str], dtype, stored_dtype):
     model, side, note = result.finish(pupil)
     if not precision.holds(dtype, stored_dtype):
         # What was not trained has lost digits.
-        names = [*beside, *(f"{name}.weight" for name in student.find_linears(model))]
+        names = [*beside, *(f"{name}.weight" for name in block_linears(*find_blocks(model)))]
         trained = {name: model.get_parameter(name) for name in names}
         model = loop.put_in(loop.source_model(start), trained)
     return precision.cast(model, stored_dtype), {result.FILE: (side, note)}

@@ -17,6 +17,7 @@ from harness.errors import UserError
 from harness.losses import from_hidden
 from harness.losses.divergence import jsd_rows, kl_rows, reverse_kl_rows
 from harness.metrics.footprint import linear_shapes, stored_size
+from harness.modules import block_linears, find_blocks
 from harness.quant import masks
 from harness.settings import record
 from harness.training import batching, distillation, engine, loop, lora, validation
@@ -184,7 +185,7 @@ def _trainable(student, settings, source: Path, stored: torch.dtype) -> tuple[ob
     wanted = settings.lora_target_modules
     options = {
         "targets": lora.choose_targets(
-            list(lora.block_linears(student)), wanted.split(",") if wanted else None
+            list(block_linears(*find_blocks(student))), wanted.split(",") if wanted else None
         ),
         "r": settings.lora_r, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout,
         "seed": settings.seed,

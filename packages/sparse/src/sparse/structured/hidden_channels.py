@@ -30,7 +30,7 @@ NORMS = "its norms are no plain RMS norms"
 EPSILONS = ("variance_epsilon", "eps")
 
 
-def of_blocks(decoder: Decoder) -> dict[int, dict[str, Hold]]:
+def block_linears(decoder: Decoder) -> dict[int, dict[str, Hold]]:
     """:func:`harness.blocks.residual.of_block` of every block, looked for once per shape.
 
     Raises:

@@ -124,7 +124,7 @@ def channel_wise(exact: Decoder, ratio: float, multiple: int) -> Cut:
     hidden_channels.check_untied(exact, structures[0], kept, raw)
     cut = Cut(len(exact), {HIDDEN: torch.ones(width, dtype=torch.bool)}, {HIDDEN: multiple})
     cut.channels = [_channels(s) for s in structures]
-    cut.holds = hidden_channels.of_blocks(exact) | {None: hidden_channels.outside(exact)}
+    cut.holds = hidden_channels.block_linears(exact) | {None: hidden_channels.outside(exact)}
     return cut
 
 
