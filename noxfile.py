@@ -19,7 +19,8 @@ nox.options.reuse_venv = "yes"
 METHODS = ("gptq", "sparse", "minillm", "bitdistiller")
 nox.options.sessions = ["lint", "harness", *METHODS, "house", "vllm"]
 
-TWO = ("-n", "2", "--dist", "loadfile")
+# The recipes are a file of minutes: where they are, single tests are dealt.
+TWO, TWO_BY_TEST = (("-n", "2", "--dist", how) for how in ("loadfile", "worksteal"))
 # Waiting threads sleep: spinning ones slow a busy machine down by ten times and more (measured).
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # vLLM on the CPU asks for exactly this build, which PyPI itself does not have.
@@ -125,7 +126,7 @@ def bitdistiller(session: nox.Session) -> None:
 def house(session: nox.Session) -> None:
     """Tests across packages: who imports whom, the README's commands, the recipes."""
     install(session, *PACKAGES, "bitsandbytes")
-    run_pytest(session, "tests", *TWO)
+    run_pytest(session, "tests", *TWO_BY_TEST)
 
 
 @nox.session

@@ -336,7 +336,7 @@ def test_a_loose_umask_leaves_states_that_are_resumed(source, tmp_path):
 
 def test_of_two_runs_with_one_name_one_is_refused(source, tmp_path):
     command = [trainer_driver.__file__, source, tmp_path / "out"]
-    ended = driving.begun_at_once([*command, 0, 2], [*command, 0, 1])
+    ended = driving.begun_at_once([*command, 0], [*command, 1])  # ZeRO: another run
     assert sorted(code for code, _ in ended) == [0, 2], ended
     line = next(errors for code, errors in ended if code).splitlines()[-1]
     there = f"error: {tmp_path / 'out'}"

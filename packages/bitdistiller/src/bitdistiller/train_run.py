@@ -71,12 +71,11 @@ def run(settings) -> dict | None:
         modules.ignore(*find_blocks(loaded), settings.ignore)
         return loaded
 
-    start = Path(settings.start) if settings.start else None
-
     def quantized(where: str):
         return student.build(
-            dense(where), grid, ranges=ranges, learn=settings.learn, dtype=stored_dtype, start=start
-        )
+            dense(where), grid, ranges=ranges, learn=settings.learn, dtype=stored_dtype,
+            start=settings.start and Path(settings.start),
+        )  # fmt: skip
 
     pupil = quantized(device)
     beside = student.beside_the_grids(pupil)
@@ -93,7 +92,7 @@ def run(settings) -> dict | None:
 
     def finish(tensors):
         pupil = loop.put_in(quantized("cpu"), tensors)
-        return _finish(pupil, start or source, beside, dtype, stored_dtype)
+        return _finish(pupil, Path(settings.start or source), beside, dtype, stored_dtype)
 
     recorded = _record(settings) | {
         "bits": grid.bits, "learning_rate": training.learning_rate, "steps": training.steps,
