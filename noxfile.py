@@ -35,14 +35,14 @@ TRITON = ("triton==3.7.1",) if sys.platform == "linux" else ()
 def wheels(session: nox.Session, *names: str) -> list[str]:
     """``sparse[test]`` -> its wheel, with the extras; the first session that asks builds all."""
     build = ["python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", WHEELS.name]
-    built = {path.name.split("-")[0]: path for path in Path(WHEELS.name).glob("*.whl")}
-    if len(built) < len(OURS):
+    folder = Path(WHEELS.name)
+    if len(list(folder.glob("*.whl"))) < len(OURS):
         session.run_install(*build, "./harness")
-        harness = "".join(path.as_uri() for path in Path(WHEELS.name).glob("*_harness-*.whl"))
+        harness = "".join(path.as_uri() for path in folder.glob("*_harness-*.whl"))
         # What a package's pyproject.toml needs in place of the folder beside it.
         env = {"LLM_COMPRESSION_HARNESS": harness}
         session.run_install(*build, *(f"./packages/{name}" for name in METHODS), env=env)
-        built = {path.name.split("-")[0]: path for path in Path(WHEELS.name).glob("*.whl")}
+    built = {path.name.split("-")[0]: path for path in folder.glob("*.whl")}
     words = []
     for name, bracket, extras in (name.partition("[") for name in names):
         if wheel := built.get(f"llm_compression_{name}"):  # none with nox -R
@@ -57,11 +57,12 @@ def install(session: nox.Session, *packages: str, versions: str = "constraints.t
     It keeps an installed wheel of the same version, so ours go first.
     """
     ours = [name for name in packages if name.partition("[")[0] in OURS]
-    names = [f"llm-compression-{name}" for name in OURS]
-    session.run_install("python", "-m", "pip", "uninstall", "-y", "-qq", *names)
+    others = [name for name in packages if name not in ours]
+    if ours:
+        names = [f"llm-compression-{name}" for name in OURS]
+        session.run_install("python", "-m", "pip", "uninstall", "-y", "-qq", *names)
     for attempt in range(2):
         try:
-            others = [name for name in packages if name not in ours]
             session.install("-c", versions, *(wheels(session, *ours) if ours else ()), *others)
             return
         except CommandFailed:

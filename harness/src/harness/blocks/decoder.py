@@ -144,8 +144,8 @@ class Decoder:
     def ignore(self, patterns: Sequence[str]) -> None:
         """Leave the linears that ``patterns`` mean dense, see :func:`harness.modules.ignore`."""
         if patterns:
-            names = modules.ignore(self.prefix, self.blocks, patterns)
-            distributed.say(f"left dense by --ignore: {len(names)} linears, {names[0]} among them")
+            left = modules.ignore(self.prefix, self.blocks, patterns)
+            distributed.say(f"left dense by --ignore: {len(left)} linears, {left[0]} among them")
 
     # -- names and tensors ------------------------------------------------------------------
 

@@ -163,18 +163,18 @@ def bubble(all_results: Sequence[dict], path: Path) -> None:
 
     Raises UserError when no model has both a speed and a perplexity.
     """
-    dataset, series = bubbles(all_results)
-    if not series:
+    dataset, models = bubbles(all_results)
+    if not models:
         raise UserError(
             "nothing to plot: none of these results has both a speed and a perplexity; "
             "measure them with: harness eval MODEL --ppl --speed"
         )
     pyplot = _pyplot()
-    names = list(series)
-    points = [point for some in series.values() for point in some]
+    names = list(models)
+    points = [point for some in models.values() for point in some]
     largest = max(size for *_, size in points)
     figure, axis = pyplot.subplots(figsize=(8.6, 6.4), layout="constrained")
-    for name, some in series.items():
+    for name, some in models.items():
         _, times, values, sizes = zip(*some, strict=True)
         areas = [LARGEST * size / largest for size in sizes]
         axis.scatter(times, values, s=areas, color=_colour(names, name), alpha=0.35, linewidth=0)

@@ -68,7 +68,7 @@ def documents(split: str, root: Path | None = None) -> dict[str, str]:
 @lru_cache(maxsize=2)
 def _documents(root: Path) -> dict[str, dict[str, str]]:
     """:func:`documents` of every split, from one walk over the files."""
-    documents = {}
+    sources = {}
     for folder, folders, files in os.walk(root):
         inside = Path(folder).relative_to(root).parts
         left_out = SKIPPED if inside else SKIPPED | GENERATED
@@ -81,10 +81,10 @@ def _documents(root: Path) -> dict[str, dict[str, str]]:
                 continue
             text = decode((Path(folder) / file).read_bytes())
             if text and text.strip():
-                documents[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = text
+                sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = text
     splits: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
-    for name in sorted(documents):
-        splits[split_of(name)][name] = documents[name]
+    for name in sorted(sources):
+        splits[split_of(name)][name] = sources[name]
     return splits
 
 
@@ -119,7 +119,7 @@ def functions(split: str) -> tuple[Function, ...]:
 
 
 def _functions(sources: dict[str, str]) -> list[Function]:
-    functions = []
+    described = []
     for module, source in sources.items():
         try:
             with warnings.catch_warnings():
@@ -142,7 +142,7 @@ def _functions(sources: dict[str, str]) -> list[Function]:
             # A docstring on the line of the def, or code after it on its line, has no clean cut.
             if first.lineno == node.lineno or node.body[1].lineno == first.end_lineno:
                 continue
-            functions.append(
+            described.append(
                 Function(
                     name=f"{module}.{node.name}",
                     before=_ending(lines[:start]),
@@ -152,7 +152,7 @@ def _functions(sources: dict[str, str]) -> list[Function]:
                     summary=doc.splitlines()[0].strip(),
                 )
             )
-    return functions
+    return described
 
 
 def instructions(split: str) -> list[dict[str, str]]:

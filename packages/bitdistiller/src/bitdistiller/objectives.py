@@ -23,8 +23,7 @@ from harness.losses.divergence import (
     reverse_kl_rows,
     sum_over_rows,
 )
-from harness.losses.from_hidden import cross_entropy_rows
-from harness.training import teacher_cache, validation
+from harness.training import distillation, teacher_cache, validation
 from harness.training.batching import IGNORED
 
 
@@ -41,17 +40,11 @@ def from_teacher(teacher, rows: RowFunction, fused: bool) -> Callable:
     Args:
         teacher: a causal LM. fused: as in `harness.losses.from_hidden.over_models`.
     """
-
-    def both(log_p, log_q, labels):
-        return torch.stack([rows(log_p, log_q), cross_entropy_rows(log_p, log_q, labels)], -1)
+    mixed = partial(from_hidden.mix_rows, rows=rows, kd_ratio=1.0)
 
     def loss_of(running, batch: dict):
-        inputs = validation.inputs_of(batch, running.device)
-        labels = batch["labels"].to(running.device)
-        total, ce = from_hidden.over_models(
-            both, teacher, running, inputs, labels != IGNORED, [labels.clamp_min(0)], fused=fused
-        )
-        return total, {"ce": ce.detach()}
+        total, report = distillation.over_labels(teacher, mixed, None, fused, running, batch)
+        return total, {"ce": report["ce"]}
 
     return loss_of
 
